@@ -1,0 +1,46 @@
+# Each target sets up what it needs and can be repeated. `PYTHON=python3` uses that interpreter as it is: no .venv, no network.
+#   make test        lint and the test-suite          make speedrun    train a GPT on real text
+#   make native      build the native kernels         make bench       measure everything on this machine's CPU
+#   make gpu         build, GPU tests and benchmarks on a machine with a CUDA device
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+OUT ?= results
+
+ifdef PYTHON
+RUN := $(PYTHON)
+READY :=
+else
+RUN := .venv/bin/python
+READY := .venv/.ready
+endif
+
+.PHONY: test speedrun native bench gpu clean
+
+test: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m pytest
+
+speedrun: $(READY)
+	$(RUN) -m speedrun.train $(ARGS)
+
+native: $(READY)
+	cmake -S . -B build -DPython_EXECUTABLE="$$(command -v $(RUN))"
+	cmake --build build
+
+bench: $(READY)
+	$(RUN) -m common.timing --device cpu --out $(OUT)
+	$(RUN) -m autograd.bench --out $(OUT)
+
+gpu: native
+	$(RUN) -m pytest -m gpu
+	$(RUN) -m common.timing --device cuda --out $(OUT)
+
+.venv/.ready: pyproject.toml
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: put a newer one first on the PATH" >&2; exit 2; }
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --editable '.[test,bench]'
+	touch $@
+
+clean:
+	rm -rf build .pytest_cache .ruff_cache

@@ -1,0 +1,389 @@
+"""The Tensor: a numpy array that remembers how it was made.
+
+Holds the Tensor class, the grad mode, and `record`, the one door through which every operation enters the graph. The
+graph is a set of Nodes; a Node keeps, for each input that wants a gradient, an edge to where that gradient goes and a
+vector-Jacobian product ("vjp") that maps the gradient of the output to the gradient of that input. A vjp is a closure
+written in Tensor operations, so running it with recording on yields derivatives that can be differentiated again.
+Refuses: dtypes other than float32, float64, integers and bool; gradients of anything but floats.
+"""
+
+import threading
+from contextlib import contextmanager
+from itertools import count
+from types import FunctionType
+
+import numpy as np
+
+from autograd.anomaly import check_output, user_line
+
+ndarray = np.ndarray
+DTYPES = {np.dtype(t) for t in (np.float32, np.float64, np.int8, np.uint8, np.int16, np.int32, np.int64, np.bool_)}
+default_dtype = np.dtype(np.float32)
+
+
+class _Mode(threading.local):
+    grad = True  # are operations recorded?
+    anomaly = False  # is each result looked at for NaN and inf?
+
+
+mode = _Mode()
+_sequence = count(1)
+
+
+@contextmanager
+def _set_mode(**values):
+    before = {name: getattr(mode, name) for name in values}
+    vars(mode).update(values)
+    try:
+        yield
+    finally:
+        vars(mode).update(before)
+
+
+def no_grad():
+    """Context manager (or decorator): operations inside are not recorded."""
+    return _set_mode(grad=False)
+
+
+def enable_grad():
+    """Context manager (or decorator): operations inside are recorded, also within `no_grad`."""
+    return _set_mode(grad=True)
+
+
+def is_grad_enabled() -> bool:
+    return mode.grad
+
+
+def detect_anomaly():
+    """Context manager (or decorator): the first operation, forward or backward, that makes a NaN or inf out of inputs
+    that had none raises AnomalyError with the operation, the statistics of its inputs and the line that called it."""
+    return _set_mode(anomaly=True)
+
+
+class Node:
+    """One recorded operation: where gradients go (edges), and what must not have changed until then (saved)."""
+
+    __slots__ = ("edges", "hooks", "joint", "op", "result", "saved", "seq", "shape", "where")
+
+    def __init__(self, op, out, inputs, vjps):
+        self.op = op
+        self.seq = next(_sequence)  # creation order is a topological order: inputs exist before outputs
+        self.shape = out.data.shape
+        self.edges = edges = []
+        self.saved = saved = []
+        self.joint = None
+        self.hooks = None
+        self.result = None
+        self.where = user_line() if mode.anomaly else None
+        if type(vjps) is tuple:
+            for tensor, vjp in zip(inputs, vjps, strict=True):
+                if tensor.requires_grad:
+                    edges.append((tensor._node or tensor, vjp, tensor.data.shape))
+                    _find_saved(vjp, saved)
+        else:  # one rule for all inputs, which may need any of them
+            self.joint = vjps
+            for i, tensor in enumerate(inputs):
+                saved.append((tensor, tensor._version[0]))
+                if tensor.requires_grad:
+                    edges.append((tensor._node or tensor, i, tensor.data.shape))
+
+    def __repr__(self):
+        return f"<{self.op} -> {self.shape}>"
+
+
+def _find_saved(vjp, saved):
+    """What a backward rule needs is exactly what its closure holds: no list to keep in step, nothing to forget."""
+    if vjp.__closure__:
+        for cell in vjp.__closure__:
+            content = cell.cell_contents
+            if isinstance(content, Tensor):
+                saved.append((content, content._version[0]))
+            elif type(content) is FunctionType:
+                _find_saved(content, saved)
+            elif type(content) is tuple:
+                saved.extend((item, item._version[0]) for item in content if isinstance(item, Tensor))
+
+
+def record(op: str, result, inputs: tuple, vjps) -> "Tensor":
+    """The Tensor of an operation's result, entered in the graph when recording is on and an input requires grad.
+
+    result  ndarray, or a constant Tensor y that the vjps themselves use (exp: `lambda g: g * y`). Such a y never
+            becomes the output itself (the closure would hold its own output in a reference cycle, and memory would wait
+            for the garbage collector): the caller gets a twin of it, and the engine ties y to the node when the
+            backward pass must be differentiable.
+    vjps    one function per input: gradient of the output (Tensor) -> gradient of that input (Tensor whose shape
+            may still be the broadcast one). Called only for inputs that require grad. Or a single function that
+            gives the gradients of all inputs at once (None where it has none).
+    """
+    out = _alias(result) if type(result) is Tensor else constant(result)
+    if mode.anomaly:
+        check_output(op, out, inputs)
+    for tensor in inputs:
+        if tensor.requires_grad:
+            if mode.grad:
+                out.requires_grad = True
+                out._node = node = Node(op, out, inputs, vjps)
+                if type(result) is Tensor:
+                    node.result = result
+            break
+    return out
+
+
+def record_view(op: str, data: ndarray, base: "Tensor", vjp) -> "Tensor":
+    """As `record`, for a result that shares its memory with its only input: writes to one are seen by the other."""
+    out = record(op, data, (base,), (vjp,))
+    out._version = version = base._version
+    version[2] = True
+    return out
+
+
+_new = object.__new__
+
+
+def constant(data) -> "Tensor":
+    """A Tensor around an array, without copy, check or graph: the inside door, for results of numpy calls."""
+    out = _new(Tensor)
+    out.data = data if type(data) is ndarray else np.asarray(data)
+    out.grad = out._node = out._hooks = None
+    out.requires_grad = False
+    out._version = [0, None, False]  # writes so far, the last writer, do views exist
+    return out
+
+
+def _alias(tensor: "Tensor") -> "Tensor":
+    out = constant(tensor.data)
+    out._version = tensor._version
+    return out
+
+
+class Tensor:
+    """A numpy array with a gradient.
+
+    data           array-like; Python floats become float32, as in torch; a numpy array keeps its dtype and its memory
+    requires_grad  whether gradients are collected here (floating dtypes only)
+    grad           None, or a Tensor of the same shape and dtype once `backward` reached this leaf
+
+    `data` is the raw array: writing to it directly goes past the version counter, as `.data` does in torch. Use the
+    in-place methods (`add_`, `mul_`, `copy_`, `x[i] = v`, `x += v`), whose writes are seen.
+    """
+
+    __slots__ = ("__weakref__", "_hooks", "_node", "_version", "data", "grad", "requires_grad")
+    __array_ufunc__ = None  # numpy_array * tensor asks Tensor.__rmul__, not numpy
+
+    def __init__(self, data, dtype=None, requires_grad: bool = False):
+        if isinstance(data, Tensor):
+            raise ValueError("Tensor(data): data is a Tensor already; use detach() or clone()")
+        array = np.asarray(data, dtype=dtype)
+        if dtype is None and array.dtype == np.float64 and not isinstance(data, ndarray | np.generic):
+            array = array.astype(default_dtype)
+        if array.dtype not in DTYPES:
+            raise ValueError(f"Tensor of dtype {array.dtype}: expected float32, float64, an integer type or bool")
+        if requires_grad and array.dtype.kind != "f":
+            raise ValueError(
+                f"requires_grad on a tensor of dtype {array.dtype}: only float32 and float64 have gradients"
+            )
+        self.data = array
+        self.grad = self._node = self._hooks = None
+        self.requires_grad = bool(requires_grad)
+        self._version = [0, None, False]
+
+    # -- what it is --
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.data.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.data.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.data.dtype
+
+    @property
+    def is_leaf(self) -> bool:
+        return self._node is None
+
+    def size(self, dim: int | None = None):
+        return self.data.shape if dim is None else self.data.shape[dim]
+
+    def dim(self) -> int:
+        return self.data.ndim
+
+    def numel(self) -> int:
+        return self.data.size
+
+    def is_floating_point(self) -> bool:
+        return self.data.dtype.kind == "f"
+
+    def numpy(self) -> ndarray:
+        """The values as a read-only view: a write here could not be seen by the graph."""
+        view = self.data.view()
+        view.flags.writeable = False
+        return view
+
+    def __array__(self, dtype=None, copy=None):
+        return np.array(self.data, dtype=dtype) if copy or dtype not in (None, self.dtype) else self.numpy()
+
+    def item(self):
+        if self.data.size != 1:
+            raise ValueError(f"item() of a tensor of shape {self.shape}: expected one element")
+        return self.data.item()
+
+    def tolist(self):
+        return self.data.tolist()
+
+    __float__ = lambda self: float(self.item())  # noqa: E731
+    __int__ = lambda self: int(self.item())  # noqa: E731
+    __index__ = lambda self: self.data.__index__()  # noqa: E731
+    __hash__ = object.__hash__
+
+    def __bool__(self):
+        return bool(self.item())
+
+    def __len__(self):
+        if not self.data.ndim:
+            raise TypeError("len() of a tensor without dimensions")
+        return len(self.data)
+
+    def __iter__(self):
+        return (self[i] for i in range(len(self)))
+
+    def __repr__(self):
+        text = np.array2string(self.data, prefix="Tensor(", separator=", ")
+        how = f", op={self._node.op}" if self._node else ", requires_grad=True" if self.requires_grad else ""
+        return f"Tensor({text}, dtype={self.dtype}{how})"
+
+    # -- its place in the graph --
+    def detach(self) -> "Tensor":
+        """The same values (and memory) without history."""
+        return _alias(self)
+
+    def requires_grad_(self, requires_grad: bool = True) -> "Tensor":
+        if requires_grad and self.dtype.kind != "f":
+            raise ValueError(
+                f"requires_grad on a tensor of dtype {self.dtype}: only float32 and float64 have gradients"
+            )
+        if not requires_grad and self._node:
+            raise RuntimeError("requires_grad_(False) on a result of the graph: use detach()")
+        self.requires_grad = bool(requires_grad)
+        return self
+
+    def register_hook(self, hook):
+        """`hook(gradient)` is called once a backward pass knows the whole gradient of this tensor; a Tensor that it
+        returns takes the gradient's place. Returns a function that removes the hook."""
+        if not self.requires_grad:
+            raise RuntimeError("register_hook on a tensor that does not require grad: it would never be called")
+        vertex, slot = (self._node, "hooks") if self._node else (self, "_hooks")
+        if getattr(vertex, slot) is None:
+            setattr(vertex, slot, {})
+        hooks, key = getattr(vertex, slot), object()
+        hooks[key] = hook
+        return lambda: hooks.pop(key, None)
+
+    def retain_grad(self) -> None:
+        """Keep `.grad` on a result of the graph too."""
+
+        def keep(gradient):
+            self.grad = gradient if self.grad is None else self.grad + gradient
+
+        if self._node:
+            self.register_hook(keep)
+
+    def backward(self, gradient=None, retain_graph: bool | None = None, create_graph: bool = False) -> None:
+        """Accumulates d(self)/d(leaf) into `.grad` of every leaf that requires it; see autograd.engine."""
+        from autograd.engine import backward
+
+        backward(self, gradient, retain_graph, create_graph)
+
+    # -- writes in place: each counts in the version, so that a backward rule that needed the old value says so --
+    def _write(self, name, value, update, operation):
+        """`update(array)` changes self.data; `operation(old, value)` is the same change as a recorded operation."""
+        if mode.grad and (self.requires_grad or (isinstance(value, Tensor) and value.requires_grad)):
+            self._recorded_write(name, value, operation)
+        else:
+            try:
+                update(value.data if isinstance(value, Tensor) else value)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{name} on a tensor of shape {self.shape} {self.dtype}: {error}") from None
+        self._version[0] += 1
+        self._version[1] = name
+        return self
+
+    def _recorded_write(self, name, value, operation):
+        if self.requires_grad and self._node is None:
+            raise RuntimeError(f"{name} on a leaf that requires grad: write under no_grad(), or to a clone()")
+        if self._version[2]:
+            raise RuntimeError(
+                f"{name} on a tensor of shape {self.shape} that shares memory with another tensor (it is a view, or "
+                f"has one): the graph does not follow writes through views; write to a clone()"
+            )
+        old = constant(self.data.copy())  # rules that need the old value keep it
+        old.requires_grad, old._node = self.requires_grad, self._node
+        result = operation(old, old if value is self else value)
+        if result.shape != self.shape or result.dtype != self.dtype:
+            raise ValueError(f"{name}: a result {result.shape} {result.dtype} does not fit {self.shape} {self.dtype}")
+        self.data[...] = result.data
+        self.requires_grad, self._node = result.requires_grad, result._node
+
+    def add_(self, other, alpha=1):
+        return self._write(
+            "add_", other, lambda array: self.data.__iadd__(array * alpha), lambda old, other: old + other * alpha
+        )
+
+    def sub_(self, other, alpha=1):
+        return self.add_(other, -alpha)
+
+    def mul_(self, other):
+        return self._write("mul_", other, self.data.__imul__, lambda old, other: old * other)
+
+    def div_(self, other):
+        return self._write("div_", other, self.data.__itruediv__, lambda old, other: old / other)
+
+    def __iadd__(self, other):
+        return self.add_(other)
+
+    def __isub__(self, other):
+        return self.sub_(other)
+
+    def __imul__(self, other):
+        return self.mul_(other)
+
+    def __itruediv__(self, other):
+        return self.div_(other)
+
+    def copy_(self, source):
+        return self._write(
+            "copy_",
+            source,
+            lambda array: np.copyto(self.data, array, casting="same_kind"),
+            lambda old, source: as_tensor(source).to(old.dtype).expand(old.shape),
+        )
+
+    def fill_(self, value):
+        return self._write(
+            "fill_", value, self.data.fill, lambda old, value: as_tensor(value).to(old.dtype).expand(old.shape)
+        )
+
+    def zero_(self):
+        return self.fill_(0)
+
+    def __setitem__(self, index, value):
+        from autograd.indexing import array_index, put
+
+        self._write(
+            "setitem",
+            value,
+            lambda array: self.data.__setitem__(array_index(index), array),
+            lambda old, value: put(old, index, value),
+        )
+
+
+def as_tensor(value, like: Tensor | None = None) -> Tensor:
+    """value as a Tensor; a Python number takes the dtype of `like` unless that would lose its fraction."""
+    if isinstance(value, Tensor):
+        return value
+    if like is not None and type(value) in (float, int, bool):
+        dtype = default_dtype if type(value) is float and like.data.dtype.kind != "f" else like.data.dtype
+        return constant(np.array(value, dtype))
+    return Tensor(value)
