@@ -1,0 +1,1 @@
+"""Stage 0: what every other room uses - command lines, run logs, timing, result tables, plots, process launch."""
