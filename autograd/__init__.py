@@ -1,12 +1,13 @@
 """Stage 1: reverse-mode automatic differentiation on numpy. `import autograd as ag`, then as in torch."""
 
-from autograd import elementwise, indexing, linalg, methods, reduce, shape
+from autograd import activations, elementwise, indexing, linalg, methods, reduce, shape
 from autograd.anomaly import AnomalyError
 from autograd.checkpointing import checkpoint
 from autograd.engine import grad
-from autograd.functional import manual_seed
 from autograd.gradcheck import gradcheck, gradgradcheck
-from autograd.tensor import Tensor, detect_anomaly, enable_grad, is_grad_enabled, no_grad
+from autograd.mode import detect_anomaly, enable_grad, is_grad_enabled, no_grad
+from autograd.random import manual_seed
+from autograd.tensor import Tensor
 
 methods.attach()
 
@@ -17,7 +18,7 @@ from autograd.draw import draw  # noqa: E402
 cat, stack, split, chunk, tril, triu = shape.cat, shape.stack, shape.split, shape.chunk, shape.tril, shape.triu
 where, maximum, minimum, clamp = elementwise.where, elementwise.maximum, elementwise.minimum, elementwise.clamp
 exp, log, sqrt, rsqrt = elementwise.exp, elementwise.log, elementwise.sqrt, elementwise.rsqrt
-sin, cos, tanh, sigmoid, erf = elementwise.sin, elementwise.cos, elementwise.tanh, elementwise.sigmoid, elementwise.erf
+sin, cos, tanh, erf, sigmoid = elementwise.sin, elementwise.cos, elementwise.tanh, elementwise.erf, activations.sigmoid
 matmul, einsum = linalg.matmul, linalg.einsum
 gather, scatter_add, index_select = indexing.gather, indexing.scatter_add, indexing.index_select
 logsumexp, cumsum = reduce.logsumexp, reduce.cumsum

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autograd import Tensor, nn, optim
+from autograd import Tensor, manual_seed, nn, optim
 from autograd import functional as F
 from common import timing
 from common.cli import parse, run
@@ -204,7 +204,7 @@ def block_pair():
     rng = np.random.default_rng(0)
     shape = (BLOCK["batch"], BLOCK["length"], BLOCK["width"])
     x, target = (rng.standard_normal(shape).astype(np.float32) for _ in range(2))
-    F.manual_seed(0)
+    manual_seed(0)
     ours = nn.Sequential(*(Block(BLOCK["width"], BLOCK["heads"]) for _ in range(BLOCK["layers"])))
     theirs = torch.nn.Sequential(*(torch_block(BLOCK["width"], BLOCK["heads"]) for _ in range(BLOCK["layers"])))
     theirs.load_state_dict({name: torch.tensor(value) for name, value in ours.state_dict().items()})

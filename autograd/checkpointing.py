@@ -7,16 +7,18 @@ random numbers in both runs. Refuses a function that returns anything but one Te
 
 import numpy as np
 
-from autograd import functional as F
 from autograd.engine import backpropagate, identity
-from autograd.tensor import Node, Tensor, constant, enable_grad, mode, record
+from autograd.graph import Node, record
+from autograd.mode import enable_grad, mode
+from autograd.random import default_generator
+from autograd.tensor import Tensor, constant
 
 
 def checkpoint(function, *args) -> Tensor:
     """function(*args), computed now and, from the same inputs, once more when backward needs what lies inside."""
     if not mode.grad:
         return function(*args)
-    random = F.default_generator().bit_generator
+    random = default_generator().bit_generator
     random_before = random.state
     output, copies, floor = _run(function, args)
     if not output.requires_grad:

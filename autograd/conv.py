@@ -10,8 +10,9 @@ import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from autograd.elementwise import floating, pair
+from autograd.graph import record, record_view
 from autograd.shape import pad as pad_
-from autograd.tensor import Tensor, as_tensor, record, record_view
+from autograd.tensor import Tensor, as_tensor
 
 
 def _two(name: str, value, least: int) -> tuple[int, int]:
@@ -57,7 +58,7 @@ def overlap_add(g, size, stride, dilation) -> Tensor:
 
 def _padded(x, padding, value=0.0):
     ph, pw = padding
-    return pad_(x, (pw, pw, ph, ph), value) if ph or pw else x
+    return pad_(x, (pw, pw, ph, ph), value=value) if ph or pw else x
 
 
 def conv2d(x, weight, bias=None, stride=1, padding=0, dilation=1, groups: int = 1) -> Tensor:

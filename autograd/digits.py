@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from autograd import Tensor, nn, no_grad, optim
+from autograd import Tensor, manual_seed, nn, no_grad, optim
 from autograd import functional as F
 from common import plots
 from common.cli import parse, run
@@ -140,7 +140,7 @@ def main() -> None:
     config = parse(Config, prog="autograd.digits", description="Train an MLP and a ConvNet on handwritten digits.")
     data, results = load(), {}
     for name, build in {"mlp": MLP, "convnet": ConvNet}.items():
-        F.manual_seed(config.seed)
+        manual_seed(config.seed)
         results[name] = train(name, build(), data, config)
         wrong = int((results[name][2] != data[3]).sum())
         print(

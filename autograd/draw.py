@@ -9,7 +9,8 @@ from collections import defaultdict
 from html import escape
 from pathlib import Path
 
-from autograd.tensor import Node, Tensor
+from autograd.graph import Node
+from autograd.tensor import Tensor
 from common.log import atomic_write
 
 MOST = 400

@@ -10,8 +10,8 @@ import operator
 
 import numpy as np
 
-from autograd.engine import fused
-from autograd.tensor import Tensor, as_tensor, constant, default_dtype, record
+from autograd.graph import record
+from autograd.tensor import DTYPES, Tensor, as_tensor, constant, default_dtype
 
 
 def cast(a: Tensor, dtype) -> Tensor:
@@ -19,6 +19,8 @@ def cast(a: Tensor, dtype) -> Tensor:
     dtype = np.dtype(dtype)
     if dtype == a.data.dtype:
         return a
+    if dtype not in DTYPES:
+        raise ValueError(f"cast to {dtype}: expected float32, float64, an integer type or bool")
     if dtype.kind != "f" or a.data.dtype.kind != "f":
         return Tensor(a.data.astype(dtype))
     before = a.data.dtype
@@ -73,7 +75,7 @@ def _apply(op, function, a, b):
 
 
 @np.errstate(all="ignore")
-def _quiet(function, *arrays):
+def quiet(function, *arrays):
     """NaN and inf are values here, as in torch (`detect_anomaly` finds them); numpy's warnings would say it twice."""
     return function(*arrays)
 
@@ -98,7 +100,7 @@ def div(a, b):
     a, b = pair("div", a, b)
     if a.dtype.kind != "f":
         a, b = floating(a), floating(b)
-    return record("div", _quiet(_apply, "div", np.divide, a, b), (a, b), (lambda g: g / b, lambda g: -g * (a / b) / b))
+    return record("div", quiet(_apply, "div", np.divide, a, b), (a, b), (lambda g: g / b, lambda g: -g * (a / b) / b))
 
 
 def neg(a):
@@ -113,7 +115,7 @@ def pow(a, b):
     a, b = pair("pow", a, b)
     if b.data.dtype.kind == "i" and (b.data < 0).any():
         raise ValueError("pow: integers to a negative integer power: expected a floating base or exponent")
-    y = constant(_quiet(_apply, "pow", np.power, a, b))
+    y = constant(quiet(_apply, "pow", np.power, a, b))
 
     def by_exponent(g):
         flat = (a.data == 0) & (b.data >= 0)
@@ -132,7 +134,7 @@ def _power(a, p):
     def vjp(g):
         return g * (a * 2) if p == 2 else g * 0 if p == 0 else g * (_power(a, p - 1) * p)
 
-    return record("pow", _quiet(operator.pow, a.data, p), (a,), (vjp,))
+    return record("pow", quiet(operator.pow, a.data, p), (a,), (vjp,))
 
 
 def abs(a):
@@ -152,35 +154,35 @@ def sign(a):
 # -- exponentials and roots: y stands for the result itself --
 def exp(a):
     a = floating(a)
-    y = constant(_quiet(np.exp, a.data))
+    y = constant(quiet(np.exp, a.data))
     return record("exp", y, (a,), (lambda g: g * y,))
 
 
 def expm1(a):
     a = floating(a)
-    y = constant(_quiet(np.expm1, a.data))
+    y = constant(quiet(np.expm1, a.data))
     return record("expm1", y, (a,), (lambda g: g * (y + 1),))
 
 
 def log(a):
     a = floating(a)
-    return record("log", _quiet(np.log, a.data), (a,), (lambda g: g / a,))
+    return record("log", quiet(np.log, a.data), (a,), (lambda g: g / a,))
 
 
 def log1p(a):
     a = floating(a)
-    return record("log1p", _quiet(np.log1p, a.data), (a,), (lambda g: g / (a + 1),))
+    return record("log1p", quiet(np.log1p, a.data), (a,), (lambda g: g / (a + 1),))
 
 
 def sqrt(a):
     a = floating(a)
-    y = constant(_quiet(np.sqrt, a.data))
+    y = constant(quiet(np.sqrt, a.data))
     return record("sqrt", y, (a,), (lambda g: g / (y * 2),))
 
 
 def rsqrt(a):
     a = floating(a)
-    y = constant(_quiet(lambda x: 1 / np.sqrt(x), a.data))
+    y = constant(quiet(lambda x: 1 / np.sqrt(x), a.data))
     return record("rsqrt", y, (a,), (lambda g: g * (y * y * y * -0.5),))
 
 
@@ -212,74 +214,6 @@ def erf(a):
 
     a = floating(a)
     return record("erf", scipy_erf(a.data), (a,), (lambda g: g * exp(-a * a) * (2 / math.sqrt(math.pi)),))
-
-
-# -- activations --
-def _sigmoid(x):
-    y = np.asarray(_quiet(np.exp, -x))  # it may reach inf: the quotient is then 0, as it should be
-    y += 1
-    return np.reciprocal(y, out=y)
-
-
-def sigmoid(a):
-    a = floating(a)
-    y = constant(_sigmoid(a.data))
-    return record("sigmoid", y, (a,), (lambda g: g * (y * (1 - y)),))
-
-
-def relu(a):
-    a = as_tensor(a)
-    x = a.data
-    return fused("relu", np.maximum(x, 0), (a,), lambda g: (g * ~(x <= 0),), lambda a: where(a <= 0, 0.0, a))
-
-
-def leaky_relu(a, negative_slope: float = 0.01):
-    a = floating(a)
-    slope = np.where(a.data > 0, a.data.dtype.type(1), a.data.dtype.type(negative_slope))
-    return record("leaky_relu", a.data * slope, (a,), (lambda g: g * constant(slope),))
-
-
-def silu(a):
-    """x * sigmoid(x), also called swish."""
-    a = floating(a)
-    s = _sigmoid(a.data)
-
-    def backward(g):
-        d = 1 - s
-        d *= a.data
-        d += 1
-        d *= s
-        d *= g
-        return (d,)
-
-    return fused("silu", a.data * s, (a,), backward, lambda a: a * sigmoid(a))
-
-
-def softplus(a, beta: float = 1.0, threshold: float = 20.0):
-    """log(1 + exp(beta x)) / beta; the identity where beta x > threshold."""
-    a = floating(a)
-    z = a.data * beta
-    linear = z > threshold
-    y = np.where(linear, a.data, np.logaddexp(z, 0, dtype=z.dtype) / beta)
-    return record("softplus", y, (a,), (lambda g: g * where(linear, 1.0, sigmoid(a * beta)),))
-
-
-def gelu(a, approximate: str = "none"):
-    """x Phi(x), with the normal distribution function Phi exact ("none") or by its "tanh" approximation."""
-    a = floating(a)
-    if approximate == "none":
-        return a * 0.5 * (erf(a * math.sqrt(0.5)) + 1)
-    if approximate != "tanh":
-        raise ValueError(f"gelu: approximate {approximate!r}: expected 'none' or 'tanh'")
-    c, x = math.sqrt(2 / math.pi), a.data
-    t = np.tanh(c * (x + 0.044715 * x * x * x))
-
-    def backward(g):
-        return (g * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)),)
-
-    return fused(
-        "gelu", 0.5 * x * (1 + t), (a,), backward, lambda a: a * 0.5 * (tanh((a + a * a * a * 0.044715) * c) + 1)
-    )
 
 
 # -- choosing --

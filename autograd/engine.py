@@ -7,11 +7,14 @@ asks to keep it. Refuses a graph that was freed, and a value that was overwritte
 """
 
 import sys
+from operator import attrgetter
 
 import numpy as np
 
 from autograd.anomaly import AnomalyError, check_output
-from autograd.tensor import Node, Tensor, as_tensor, constant, mode, record
+from autograd.graph import Node, record
+from autograd.mode import mode
+from autograd.tensor import Tensor, as_tensor, constant
 
 
 def backward(root: Tensor, gradient=None, retain_graph: bool | None = None, create_graph: bool = False) -> None:
@@ -97,12 +100,8 @@ def _order(roots, floor):
                 seen.add(vertex)
                 if type(vertex) is Node and vertex.seq >= floor:
                     stack.append(vertex)
-    order.sort(key=_seq, reverse=True)
+    order.sort(key=attrgetter("seq"), reverse=True)
     return order
-
-
-def _seq(node):
-    return node.seq
 
 
 def _leading_to(targets, order):
@@ -130,9 +129,8 @@ def backpropagate(roots, seeds, *, targets=None, retain_graph=None, create_graph
     was_recording, mode.grad = mode.grad, create_graph
     try:
         for root, seed in zip(roots, seeds, strict=True):
-            pending[root] = (
-                pending[root] + seed if root in pending else constant(seed.data) if not create_graph else seed
-            )
+            seed = seed if create_graph else constant(seed.data)  # the caller's own tensor must not become a .grad
+            pending[root] = pending[root] + seed if root in pending else seed
         for node in order:
             gradient = pending.pop(node, None)
             if gradient is None:
@@ -253,14 +251,11 @@ def fused(op: str, result, inputs: tuple, backward_all, definition) -> Tensor:
     def joint(gradient):
         if not mode.grad:
             return [None if part is None else constant(part) for part in backward_all(gradient.data)]
-        copies = [
-            identity(tensor) for tensor in inputs
-        ]  # one vertex per argument, also when one tensor is passed twice
+        copies = [identity(tensor) for tensor in inputs]  # a vertex per argument, though one tensor be passed twice
         output = definition(*copies)
         wanted = [copy._node for copy in copies if copy.requires_grad]
-        found = backpropagate(
-            [output._node], [gradient], targets=wanted, create_graph=True, floor=min(n.seq for n in wanted)
-        )
+        edge = wanted[-1].seq + 1  # the copies were made before it, the inside of the definition after
+        found = backpropagate([output._node], [gradient], targets=wanted, create_graph=True, floor=edge)
         return [found.get(copy._node) if copy.requires_grad else None for copy in copies]
 
     return record(op, result, inputs, joint)

@@ -8,8 +8,9 @@ Refuses indices that are out of range or not integers, bools, slices, None or ..
 import numpy as np
 
 from autograd.elementwise import cast, pair
+from autograd.graph import record, record_view
 from autograd.shape import dim_of, dims_of
-from autograd.tensor import Tensor, as_tensor, constant, record, record_view
+from autograd.tensor import Tensor, as_tensor, constant
 
 
 def array_index(index):

@@ -11,9 +11,10 @@ import numpy as np
 
 from autograd.elementwise import pair, promoted
 from autograd.engine import fused
+from autograd.graph import record
 from autograd.indexing import diagonal
 from autograd.shape import reshape
-from autograd.tensor import Tensor, record
+from autograd.tensor import Tensor
 
 
 def matmul(a, b):
@@ -85,6 +86,11 @@ def _subscripts(equation, tensors):
     inputs = left.split(",")
     if len(inputs) != len(tensors):
         raise ValueError(f"einsum {equation!r}: {len(inputs)} operands in the equation, {len(tensors)} given")
+    strange = set("".join(s.replace("...", "", 1) for s in (*inputs, right))) - set(_LETTERS)
+    if strange:
+        raise ValueError(
+            f"einsum {equation!r}: {sorted(strange)}: expected letters, one '...' an operand, ',' and '->'"
+        )
     spare = [c for c in _LETTERS if c not in equation]
     counts = [t.ndim - len(s.replace("...", "")) for s, t in zip(inputs, tensors, strict=True)]
     for subs, tensor, extra in zip(inputs, tensors, counts, strict=True):

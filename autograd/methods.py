@@ -2,12 +2,13 @@
 
 import numpy as np
 
-from autograd import elementwise, indexing, linalg, reduce, shape
+from autograd import activations, elementwise, indexing, linalg, reduce, shape
 from autograd.tensor import Tensor
 
 _METHODS = {
-    elementwise: "add sub mul div neg pow abs sign exp expm1 log log1p sqrt rsqrt sin cos tan tanh erf sigmoid relu "
+    elementwise: "add sub mul div neg pow abs sign exp expm1 log log1p sqrt rsqrt sin cos tan tanh erf "
     "clamp masked_fill eq ne lt le gt ge isnan isfinite",
+    activations: "sigmoid relu",
     reduce: "sum mean var std prod max min amax amin argmax argmin any all logsumexp softmax log_softmax cumsum",
     shape: "reshape flatten permute transpose expand squeeze unsqueeze flip roll split chunk tril triu repeat clone "
     "contiguous",

@@ -10,7 +10,9 @@ import math
 import numpy as np
 
 from autograd import functional as F
-from autograd.tensor import Tensor, default_dtype, no_grad
+from autograd.mode import no_grad
+from autograd.random import default_generator
+from autograd.tensor import Tensor, default_dtype
 
 
 class Parameter(Tensor):
@@ -153,7 +155,7 @@ class Sequential(ModuleList):
 
 
 def _uniform(shape, bound, dtype):
-    return Parameter(F.default_generator().uniform(-bound, bound, shape).astype(dtype))
+    return Parameter(default_generator().uniform(-bound, bound, shape).astype(dtype))
 
 
 class Linear(Module):
@@ -177,7 +179,7 @@ class Embedding(Module):
     """Indices (...) -> rows of weight (num_embeddings, embedding_dim), which starts as N(0, 1)."""
 
     def __init__(self, num_embeddings: int, embedding_dim: int, dtype=default_dtype):
-        weight = F.default_generator().standard_normal((num_embeddings, embedding_dim))
+        weight = default_generator().standard_normal((num_embeddings, embedding_dim))
         self.weight = Parameter(weight.astype(dtype))
 
     def forward(self, indices):

@@ -10,9 +10,10 @@ from typing import NamedTuple
 import numpy as np
 
 from autograd.elementwise import cast, floating, where
+from autograd.graph import record
 from autograd.indexing import gather
 from autograd.shape import cat, dim_of, dims_of
-from autograd.tensor import Tensor, as_tensor, constant, record
+from autograd.tensor import Tensor, as_tensor, constant
 
 
 def _kept(shape, dims):

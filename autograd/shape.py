@@ -9,7 +9,8 @@ import math
 import numpy as np
 
 from autograd.elementwise import promoted
-from autograd.tensor import Tensor, as_tensor, record, record_view
+from autograd.graph import record, record_view
+from autograd.tensor import Tensor, as_tensor
 
 
 def dims_of(op: str, a: Tensor, dim) -> tuple[int, ...]:
@@ -134,10 +135,12 @@ def roll(a, shifts, dims=None):
     return record("roll", np.roll(a.data, shifts, order), (a,), (lambda g: roll(g, back, order),))
 
 
-def pad(a, pad, value: float = 0.0):
+def pad(a, pad, mode: str = "constant", value: float = 0.0):
     """Constant padding, as torch.nn.functional.pad: (last dim before, after, second-to-last before, after, ...).
     Negative widths cut."""
     a = as_tensor(a)
+    if mode != "constant":
+        raise ValueError(f"pad: mode {mode!r}: expected 'constant'")
     if len(pad) % 2 or len(pad) > 2 * a.ndim:
         raise ValueError(f"pad: {tuple(pad)} for a tensor of shape {a.shape}: expected up to {a.ndim} pairs")
     widths = [(0, 0)] * (a.ndim - len(pad) // 2) + [(pad[i], pad[i + 1]) for i in range(len(pad) - 2, -1, -2)]

@@ -1,141 +1,17 @@
-"""The Tensor: a numpy array that remembers how it was made.
+"""The Tensor: a numpy array that knows its place in a graph, and whose writes are counted.
 
-Holds the Tensor class, the grad mode, and `record`, the one door through which every operation enters the graph. The
-graph is a set of Nodes; a Node keeps, for each input that wants a gradient, an edge to where that gradient goes and a
-vector-Jacobian product ("vjp") that maps the gradient of the output to the gradient of that input. A vjp is a closure
-written in Tensor operations, so running it with recording on yields derivatives that can be differentiated again.
-Refuses: dtypes other than float32, float64, integers and bool; gradients of anything but floats.
+Holds the Tensor class without its operations (`methods.py` attaches those) and with its in-place writes.
+Refuses dtypes other than float32, float64, integers and bool; gradients of anything but floats; writes that the graph
+could not follow.
 """
-
-import threading
-from contextlib import contextmanager
-from itertools import count
-from types import FunctionType
 
 import numpy as np
 
-from autograd.anomaly import check_output, user_line
+from autograd.mode import mode
 
 ndarray = np.ndarray
 DTYPES = {np.dtype(t) for t in (np.float32, np.float64, np.int8, np.uint8, np.int16, np.int32, np.int64, np.bool_)}
 default_dtype = np.dtype(np.float32)
-
-
-class _Mode(threading.local):
-    grad = True  # are operations recorded?
-    anomaly = False  # is each result looked at for NaN and inf?
-
-
-mode = _Mode()
-_sequence = count(1)
-
-
-@contextmanager
-def _set_mode(**values):
-    before = {name: getattr(mode, name) for name in values}
-    vars(mode).update(values)
-    try:
-        yield
-    finally:
-        vars(mode).update(before)
-
-
-def no_grad():
-    """Context manager (or decorator): operations inside are not recorded."""
-    return _set_mode(grad=False)
-
-
-def enable_grad():
-    """Context manager (or decorator): operations inside are recorded, also within `no_grad`."""
-    return _set_mode(grad=True)
-
-
-def is_grad_enabled() -> bool:
-    return mode.grad
-
-
-def detect_anomaly():
-    """Context manager (or decorator): the first operation, forward or backward, that makes a NaN or inf out of inputs
-    that had none raises AnomalyError with the operation, the statistics of its inputs and the line that called it."""
-    return _set_mode(anomaly=True)
-
-
-class Node:
-    """One recorded operation: where gradients go (edges), and what must not have changed until then (saved)."""
-
-    __slots__ = ("edges", "hooks", "joint", "op", "result", "saved", "seq", "shape", "where")
-
-    def __init__(self, op, out, inputs, vjps):
-        self.op = op
-        self.seq = next(_sequence)  # creation order is a topological order: inputs exist before outputs
-        self.shape = out.data.shape
-        self.edges = edges = []
-        self.saved = saved = []
-        self.joint = None
-        self.hooks = None
-        self.result = None
-        self.where = user_line() if mode.anomaly else None
-        if type(vjps) is tuple:
-            for tensor, vjp in zip(inputs, vjps, strict=True):
-                if tensor.requires_grad:
-                    edges.append((tensor._node or tensor, vjp, tensor.data.shape))
-                    _find_saved(vjp, saved)
-        else:  # one rule for all inputs, which may need any of them
-            self.joint = vjps
-            for i, tensor in enumerate(inputs):
-                saved.append((tensor, tensor._version[0]))
-                if tensor.requires_grad:
-                    edges.append((tensor._node or tensor, i, tensor.data.shape))
-
-    def __repr__(self):
-        return f"<{self.op} -> {self.shape}>"
-
-
-def _find_saved(vjp, saved):
-    """What a backward rule needs is exactly what its closure holds: no list to keep in step, nothing to forget."""
-    if vjp.__closure__:
-        for cell in vjp.__closure__:
-            content = cell.cell_contents
-            if isinstance(content, Tensor):
-                saved.append((content, content._version[0]))
-            elif type(content) is FunctionType:
-                _find_saved(content, saved)
-            elif type(content) is tuple:
-                saved.extend((item, item._version[0]) for item in content if isinstance(item, Tensor))
-
-
-def record(op: str, result, inputs: tuple, vjps) -> "Tensor":
-    """The Tensor of an operation's result, entered in the graph when recording is on and an input requires grad.
-
-    result  ndarray, or a constant Tensor y that the vjps themselves use (exp: `lambda g: g * y`). Such a y never
-            becomes the output itself (the closure would hold its own output in a reference cycle, and memory would wait
-            for the garbage collector): the caller gets a twin of it, and the engine ties y to the node when the
-            backward pass must be differentiable.
-    vjps    one function per input: gradient of the output (Tensor) -> gradient of that input (Tensor whose shape
-            may still be the broadcast one). Called only for inputs that require grad. Or a single function that
-            gives the gradients of all inputs at once (None where it has none).
-    """
-    out = _alias(result) if type(result) is Tensor else constant(result)
-    if mode.anomaly:
-        check_output(op, out, inputs)
-    for tensor in inputs:
-        if tensor.requires_grad:
-            if mode.grad:
-                out.requires_grad = True
-                out._node = node = Node(op, out, inputs, vjps)
-                if type(result) is Tensor:
-                    node.result = result
-            break
-    return out
-
-
-def record_view(op: str, data: ndarray, base: "Tensor", vjp) -> "Tensor":
-    """As `record`, for a result that shares its memory with its only input: writes to one are seen by the other."""
-    out = record(op, data, (base,), (vjp,))
-    out._version = version = base._version
-    version[2] = True
-    return out
-
 
 _new = object.__new__
 
@@ -147,12 +23,6 @@ def constant(data) -> "Tensor":
     out.grad = out._node = out._hooks = None
     out.requires_grad = False
     out._version = [0, None, False]  # writes so far, the last writer, do views exist
-    return out
-
-
-def _alias(tensor: "Tensor") -> "Tensor":
-    out = constant(tensor.data)
-    out._version = tensor._version
     return out
 
 
@@ -257,7 +127,9 @@ class Tensor:
     # -- its place in the graph --
     def detach(self) -> "Tensor":
         """The same values (and memory) without history."""
-        return _alias(self)
+        out = constant(self.data)
+        out._version = self._version
+        return out
 
     def requires_grad_(self, requires_grad: bool = True) -> "Tensor":
         if requires_grad and self.dtype.kind != "f":

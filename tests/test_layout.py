@@ -1,7 +1,7 @@
 """The house rules of CONTRIBUTING.md, checked on the syntax tree and on the READMEs.
 
-Stage N imports only stages below it and `common`; `autograd` is ours; the folder `cuda` leaves NVIDIA's namespace package
-alone; what a README tells a reader to type exists.
+Stage N imports only stages below it and `common`; `autograd` is ours; the folder `cuda` leaves NVIDIA's namespace
+package alone; what a README tells a reader to type exists.
 """
 
 import ast
@@ -40,7 +40,8 @@ def imported_stages(source: str) -> set[str]:
             "import_module",
             "__import__",
         ):
-            found |= {a.value.split(".")[0] for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)}
+            names = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+            found |= {name.split(".")[0] for name in names}
     return found & set(STAGES)
 
 
