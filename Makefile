@@ -21,8 +21,9 @@ test: $(READY)
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
 
+# A run that was killed goes on, a finished one only says again what it reached; ARGS="--folder runs/second" starts another.
 speedrun: $(READY)
-	$(RUN) -m speedrun.train $(ARGS)
+	$(RUN) -m speedrun.train $(or $(ARGS),$(if $(wildcard runs/speedrun/checkpoint.pt),--resume))
 
 native: $(READY)
 	cmake -S . -B build -DPython_EXECUTABLE="$$(command -v $(RUN))"

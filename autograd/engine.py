@@ -6,8 +6,8 @@ vertex is visited all its gradient has arrived. A graph is freed as it is used, 
 asks to keep it. Refuses a graph that was freed, and a value that was overwritten since it was recorded.
 """
 
-import sys
 from operator import attrgetter
+from sys import getrefcount
 
 import numpy as np
 
@@ -71,7 +71,7 @@ def _roots(outputs, gradients):
         if gradient is None:
             if output.numel() != 1:
                 raise RuntimeError(f"backward of a tensor of shape {output.shape} needs a gradient of that shape")
-            gradient = constant(np.ones_like(output.data))
+            gradient = constant(np.ones(output.data.shape, output.data.dtype))
         else:
             gradient = as_tensor(gradient)
             if gradient.shape != output.shape:
@@ -142,16 +142,20 @@ def backpropagate(roots, seeds, *, targets=None, retain_graph=None, create_graph
             if wanted is None or node in wanted:
                 _through(node, gradient, pending, owned, wanted, create_graph)
             if not keep_graph:
-                node.edges = node.joint = node.result = node.saved = None
+                node.edges = node.saved = node.joint = None
+                if node.result is not None:
+                    node.result = None
             del gradient
-        for vertex in list(pending):
-            gradient = pending.pop(vertex)
+        while pending:
+            vertex, gradient = pending.popitem()
             if type(vertex) is not Node and vertex._hooks:
                 gradient = _call_hooks(vertex._hooks, gradient, "leaf", vertex.shape)
             # A leaf may keep an array that nobody else holds, as in torch; any other it must copy, or `.grad` of two
             # leaves (both operands of an addition) would be one array, and scaling one would scale both.
-            if not create_graph and (_references(gradient) != _UNSHARED or gradient.data.base is not None):
-                gradient = constant(gradient.data.copy())
+            array = gradient.data
+            shared = array.base is not None or (getrefcount(gradient), getrefcount(array)) != _UNSHARED
+            if shared and not create_graph:
+                gradient = constant(array.copy())
             if wanted is None or vertex in kept:
                 found[vertex] = gradient
     finally:
@@ -164,13 +168,14 @@ def _through(node, gradient, pending, owned, wanted, create_graph):
     for tensor, version in node.saved:
         if tensor._version[0] != version:
             raise _overwritten(node, tensor, version)
-    if node.result is not None and create_graph:  # rules written in terms of the result can now be differentiated
+    if create_graph and node.result is not None:  # rules written in terms of the result can now be differentiated
         node.result.requires_grad, node.result._node = True, node
-    joint = node.joint and (_run_vjp(node, node.joint, gradient) if mode.anomaly else node.joint(gradient))
+    run = _run_watched if mode.anomaly else _run
+    joint = node.joint and run(node, node.joint, gradient)
     for vertex, vjp, shape in node.edges:
         if wanted is not None and vertex not in wanted:
             continue
-        part = joint[vjp] if joint else _run_vjp(node, vjp, gradient) if mode.anomaly else vjp(gradient)
+        part = joint[vjp] if joint else run(node, vjp, gradient)
         if part is None:
             continue
         if part.data.shape != shape:
@@ -194,7 +199,11 @@ def _overwritten(node, tensor, version):
     )
 
 
-def _run_vjp(node, vjp, gradient):
+def _run(node, vjp, gradient):
+    return vjp(gradient)
+
+
+def _run_watched(node, vjp, gradient):
     """A vjp under detect_anomaly: its results are looked at, and an error says where the operation was recorded."""
     try:
         parts = vjp(gradient)
@@ -216,18 +225,16 @@ def _call_hooks(hooks, gradient, op, shape):
     return gradient
 
 
-def _references(gradient):
-    return sys.getrefcount(gradient), sys.getrefcount(gradient.data)
-
-
-def _unshared_references():
-    """What `_references` says of a gradient that nobody else holds (it depends on the interpreter, so ask it)."""
+def _unshared():
+    """The reference counts that a gradient has in `backpropagate` when nobody else holds it. They depend on the
+    interpreter, so it is asked, with the same statements."""
     pending = {0: constant(np.ones(1))}
-    gradient = pending.pop(0)
-    return _references(gradient)
+    vertex, gradient = pending.popitem()
+    array = gradient.data
+    return getrefcount(gradient), getrefcount(array)
 
 
-_UNSHARED = _unshared_references()
+_UNSHARED = _unshared()
 
 
 def sum_to(gradient: Tensor, shape: tuple[int, ...]) -> Tensor:

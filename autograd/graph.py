@@ -20,7 +20,10 @@ _sequence = count(1)
 class Node:
     """One recorded operation: where gradients go (edges), and what must not have changed until then (saved)."""
 
-    __slots__ = ("edges", "hooks", "joint", "op", "result", "saved", "seq", "shape", "where")
+    __slots__ = ("__dict__", "edges", "joint", "op", "saved", "seq", "shape")
+    hooks = None  # these three are rare: most nodes read them here, and never get a __dict__
+    result = None
+    where = None
 
     def __init__(self, op, out, inputs, vjps):
         self.op = op
@@ -28,15 +31,15 @@ class Node:
         self.shape = out.data.shape
         self.edges = edges = []
         self.saved = saved = []
-        self.joint = None
-        self.hooks = None
-        self.result = None
-        self.where = user_line() if mode.anomaly else None
+        if mode.anomaly:
+            self.where = user_line()
         if type(vjps) is tuple:
+            self.joint = None
             for tensor, vjp in zip(inputs, vjps, strict=True):
                 if tensor.requires_grad:
                     edges.append((tensor._node or tensor, vjp, tensor.data.shape))
-                    _find_saved(vjp, saved)
+                    if vjp.__closure__:
+                        _find_saved(vjp, saved)
         else:  # one rule for all inputs, which may need any of them
             self.joint = vjps
             for i, tensor in enumerate(inputs):
@@ -50,15 +53,14 @@ class Node:
 
 def _find_saved(vjp, saved):
     """What a backward rule needs is exactly what its closure holds: no list to keep in step, nothing to forget."""
-    if vjp.__closure__:
-        for cell in vjp.__closure__:
-            content = cell.cell_contents
-            if isinstance(content, Tensor):
-                saved.append((content, content._version[0]))
-            elif type(content) is FunctionType:
-                _find_saved(content, saved)
-            elif type(content) is tuple:
-                saved.extend((item, item._version[0]) for item in content if isinstance(item, Tensor))
+    for cell in vjp.__closure__ or ():
+        content = cell.cell_contents
+        if isinstance(content, Tensor):
+            saved.append((content, content._version[0]))
+        elif type(content) is FunctionType:
+            _find_saved(content, saved)
+        elif type(content) is tuple:
+            saved.extend((item, item._version[0]) for item in content if isinstance(item, Tensor))
 
 
 def record(op: str, result, inputs: tuple, vjps) -> Tensor:

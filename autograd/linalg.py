@@ -56,9 +56,10 @@ def linear(x, weight, bias=None):
 
     def backward(g):
         g2 = g if g.ndim == 2 else g.reshape(len(flat), w.shape[0])
-        dx = (g2 @ w).reshape(xd.shape) if x.requires_grad else None
+        dx = g2 @ w if x.requires_grad else None
+        dx = dx if dx is None or xd.ndim == 2 else dx.reshape(xd.shape)
         dw = g2.T @ flat if weight.requires_grad else None
-        return (dx, dw) if bias is None else (dx, dw, g2.sum(0))
+        return (dx, dw) if bias is None else (dx, dw, np.add.reduce(g2))
 
     def definition(x, weight, bias=None):
         y = matmul(x, weight.mT)

@@ -36,8 +36,10 @@ def _targets(op, logits, target, ignore_index):
         raise ValueError(
             f"{op}: input {logits.shape}, target {target.shape} {target.dtype}: expected integers of shape {wanted}"
         )
-    if target.dtype == np.int64 and (target.view(np.uint64) < logits.shape[1]).all() and ignore_index < 0:
-        return target, True  # as unsigned numbers the negative ones are out of range too: one comparison for both ends
+    if target.dtype == np.int64 and ignore_index < 0 and target.size:
+        highest = np.maximum.reduce(target.view(np.uint64), None)  # as unsigned numbers the negative ones are large
+        if highest < logits.shape[1]:
+            return target, True
     used = target != ignore_index
     if not ((target[used] >= 0) & (target[used] < logits.shape[1])).all():
         raise ValueError(f"{op}: a target outside 0 to {logits.shape[1] - 1} that is not ignore_index {ignore_index}")
@@ -62,11 +64,11 @@ def cross_entropy(
     if logits.ndim != 2 or reduction != "mean" or label_smoothing or used is not True or not len(classes):
         return _cross_entropy(logits, classes, used, reduction, label_smoothing)
     n, rows, classes = len(classes), np.arange(len(classes)), classes.copy()  # the next batch may overwrite the target
-    p = logits.data - logits.data.max(-1, keepdims=True)
+    p = logits.data - np.maximum.reduce(logits.data, -1, keepdims=True)
     of_target = p[rows, classes]
     np.exp(p, out=p)
-    total = p.sum(-1, keepdims=True)
-    loss = (np.log(total).sum() - of_target.sum()) / n
+    total = np.add.reduce(p, -1, keepdims=True)
+    loss = (np.add.reduce(np.log(total), None) - np.add.reduce(of_target)) / n
 
     def backward(g):
         d = p * (g / (n * total))

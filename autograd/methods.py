@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from autograd import activations, elementwise, indexing, linalg, reduce, shape
+from autograd import activations, elementwise, engine, indexing, linalg, reduce, shape
 from autograd.tensor import Tensor
 
 _METHODS = {
@@ -14,6 +14,7 @@ _METHODS = {
     "contiguous",
     indexing: "gather scatter_add index_select",
     linalg: "matmul",
+    engine: "backward",
 }
 
 _OPERATORS = {

@@ -162,12 +162,6 @@ class Tensor:
         if self._node:
             self.register_hook(keep)
 
-    def backward(self, gradient=None, retain_graph: bool | None = None, create_graph: bool = False) -> None:
-        """Accumulates d(self)/d(leaf) into `.grad` of every leaf that requires it; see autograd.engine."""
-        from autograd.engine import backward
-
-        backward(self, gradient, retain_graph, create_graph)
-
     # -- writes in place: each counts in the version, so that a backward rule that needed the old value says so --
     def _write(self, name, value, update, operation):
         """`update(array)` changes self.data; `operation(old, value)` is the same change as a recorded operation."""

@@ -16,6 +16,7 @@ from autograd import functional as F
 from autograd.anomaly import AnomalyError
 from autograd.checkpointing import checkpoint
 from autograd.gradcheck import gradcheck, gradgradcheck
+from autograd.graph import record
 
 
 def leaf(*shape, seed=0):
@@ -64,6 +65,24 @@ def test_gradients_of_two_leaves_never_share_memory():
     (a + b).sum().backward()
     a.grad.mul_(10)
     assert_close(b.grad, np.ones(5))
+
+
+def test_a_leaf_keeps_an_array_that_nobody_else_holds_and_copies_any_other():
+    made, held = [], []
+
+    def double(x, hold):
+        def vjp(g):
+            made.append(result := g * 2)
+            held.extend([result.data] if hold else [])
+            made[-1] = id(result.data)
+            return result
+
+        return record("double", x.data * 2, (x,), (vjp,))
+
+    for hold in (False, True):
+        x = leaf(3)
+        double(x, hold).sum().backward()
+        assert (id(x.grad.data) == made[-1]) is not hold
 
 
 def test_the_given_gradient_is_not_kept_or_changed():
@@ -434,8 +453,6 @@ def test_checkpoint_runs_twice_and_keeps_no_intermediate():
 
 # -- gradcheck itself --
 def test_gradcheck_passes_on_right_and_fails_on_wrong_rules():
-    from autograd.graph import record
-
     def wrong_first(x):
         return record("wrong", np.sin(x.data), (x,), (lambda g: g * x.cos() * 1.01,))
 

@@ -140,7 +140,7 @@ VALUES = {
     "roll numbers": (lambda: m.roll(t(2, 3), (1, 2), 0), "roll: 2 shifts for 1 dims"),
     "roll without dims": (lambda: m.roll(t(2, 3), (1, 2)), "roll: 2 shifts"),
     "pad odd": (lambda: m.pad(t(2, 3), (1, 2, 3)), "pad: (1, 2, 3)", "(2, 3)"),
-    "pad many": (lambda: m.pad(t(3), (1, 2, 3, 4)), "pad: (1, 2, 3, 4)", "(3,)"),
+    "pad many": (lambda: m.pad(t(2, 3), (1,) * 6), "pad: (1, 1, 1, 1, 1, 1)", "(2, 3)"),
     "pad mode": (lambda: m.pad(t(2, 3), (1, 1), "reflect"), "pad: mode 'reflect'", "'constant'"),
     "pad cuts all": (lambda: m.pad(t(2, 3), (-2, -2)), "pad: (-2, -2)", "(2, 3)"),
     "pad cuts and grows": (lambda: m.pad(t(2, 3), (-5, 4)), "pad: (-5, 4)", "(2, 3)"),

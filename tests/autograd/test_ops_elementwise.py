@@ -231,7 +231,8 @@ def test_where_broadcasts_condition():
 
 def test_masked_fill():
     mask = rand(3, 5) > 0
-    check(lambda m, x, k: m.where(k, x, 0.0) if m is None else x.masked_fill(k, -INF), (3, 5), mask)
+    check(lambda m, x, k: x.masked_fill(k, -INF), (3, 5), mask)
+    check(lambda m, x, y, k: m.where(k, x, y) * m.where(k, y, 2.0), (3, 5), (3, 5), mask)
     check(lambda m, x, k: x.masked_fill(k, 2), (2, 3, 5), mask[:, :1])
     check(lambda m, x: x.masked_fill(x != x, 0.0), np.array([NAN, 1.0, INF]))
 
