@@ -283,6 +283,8 @@ def masked_fill(a, mask, value: float):
 # -- comparisons: bool Tensors, outside the graph --
 def _comparison(function, name):
     def compare(a, b):
+        if b is None:
+            return NotImplemented  # x == None is False, as for other objects
         a, b = pair(name, a, b)
         return constant(_apply(name, function, a, b))
 

@@ -7,6 +7,7 @@ written in Tensor operations, so running it with recording on yields derivatives
 
 from itertools import count
 from types import FunctionType
+from weakref import ref
 
 import numpy as np
 
@@ -51,14 +52,15 @@ class Node:
         return f"<{self.op} -> {self.shape}>"
 
 
-def _find_saved(vjp, saved):
+def _find_saved(vjp, saved, within=()):
     """What a backward rule needs is exactly what its closure holds: no list to keep in step, nothing to forget."""
     for cell in vjp.__closure__ or ():
         content = cell.cell_contents
         if isinstance(content, Tensor):
             saved.append((content, content._version[0]))
         elif type(content) is FunctionType:
-            _find_saved(content, saved)
+            if content is not vjp and content not in within:  # a rule may call itself
+                _find_saved(content, saved, (*within, vjp))
         elif type(content) is tuple:
             saved.extend((item, item._version[0]) for item in content if isinstance(item, Tensor))
 
@@ -92,5 +94,11 @@ def record_view(op: str, data: np.ndarray, base: Tensor, vjp) -> Tensor:
     """As `record`, for a result that shares its memory with its only input: writes to one are seen by the other."""
     out = record(op, data, (base,), (vjp,))
     out._version = version = base._version
-    version[2] = True
+    sharing = version[2]
+    if sharing is None:
+        version[2] = [ref(base), ref(out)]
+    else:
+        if len(sharing) > 32:
+            sharing[:] = [r for r in sharing if r() is not None]
+        sharing.append(ref(out))
     return out

@@ -22,7 +22,7 @@ def constant(data) -> "Tensor":
     out.data = data if type(data) is ndarray else np.asarray(data)
     out.grad = out._node = out._hooks = None
     out.requires_grad = False
-    out._version = [0, None, False]  # writes so far, the last writer, do views exist
+    out._version = [0, None, None]  # writes so far, the last writer, weak references to all that share the memory
     return out
 
 
@@ -55,7 +55,7 @@ class Tensor:
         self.data = array
         self.grad = self._node = self._hooks = None
         self.requires_grad = bool(requires_grad)
-        self._version = [0, None, False]
+        self._version = [0, None, None]
 
     # -- what it is --
     @property
@@ -179,7 +179,7 @@ class Tensor:
     def _recorded_write(self, name, value, operation):
         if self.requires_grad and self._node is None:
             raise RuntimeError(f"{name} on a leaf that requires grad: write under no_grad(), or to a clone()")
-        if self._version[2]:
+        if any((other := r()) is not None and other is not self for r in self._version[2] or ()):
             raise RuntimeError(
                 f"{name} on a tensor of shape {self.shape} that shares memory with another tensor (it is a view, or "
                 f"has one): the graph does not follow writes through views; write to a clone()"
@@ -246,10 +246,19 @@ class Tensor:
 
 
 def as_tensor(value, like: Tensor | None = None) -> Tensor:
-    """value as a Tensor; a Python number takes the dtype of `like` unless that would lose its fraction."""
+    """value as a Tensor; a number takes the dtype of `like`, unless it is of a higher kind (bool < integer < float)."""
     if isinstance(value, Tensor):
         return value
-    if like is not None and type(value) in (float, int, bool):
-        dtype = default_dtype if type(value) is float and like.data.dtype.kind != "f" else like.data.dtype
+    if like is not None and isinstance(value, float | int | np.generic):
+        kind, dtype = _kind(value), like.data.dtype
+        if kind > "biuf".index(dtype.kind):
+            dtype = default_dtype if kind == 3 else np.dtype(np.int64)
         return constant(np.array(value, dtype))
     return Tensor(value)
+
+
+def _kind(number) -> int:
+    """0 for a bool, 1 for an integer, 3 for a float: the place in "biuf", numpy's letters for kinds of dtype."""
+    if isinstance(number, bool | np.bool_):
+        return 0
+    return 1 if isinstance(number, int | np.integer) else 3

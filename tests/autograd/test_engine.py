@@ -362,6 +362,30 @@ def test_writing_rows_into_a_buffer_is_recorded():
     assert_close(x.grad, 2 * x.data * np.array([[4.0], [1.0]]))
 
 
+def test_a_view_that_is_gone_does_not_forbid_a_write():
+    x = leaf(3, 3)
+    h = x * 1
+    h.reshape(9)
+    h.mul_(2)
+    view = h[0]
+    with pytest.raises(RuntimeError, match="shares memory"):
+        h.mul_(2)
+    del view
+    for _ in range(100):
+        h[0]
+    h.sum().backward()
+    assert_close(x.grad, np.full((3, 3), 2.0))
+
+
+def test_a_rule_may_call_itself():
+    def doubled(a):
+        return record("doubled", a.data * 2, (a,), (lambda g: doubled(g),))
+
+    x = leaf(3)
+    doubled(x).sum().backward()
+    assert_close(x.grad, np.full(3, 2.0))
+
+
 def test_refused_writes():
     x = leaf(3)
     with pytest.raises(RuntimeError, match="leaf that requires grad"):
@@ -489,6 +513,23 @@ def test_construction():
         Tensor([1.0, 2.0]).item()
     with pytest.raises(ValueError):
         bool(Tensor([1.0, 2.0]))
+
+
+def test_numbers_beside_tensors_keep_torchs_dtypes():
+    for array in (np.array(2.0, np.float32), np.array([1, 2]), np.array([True, False]), np.ones((2, 2), np.float32)):
+        for number in (True, 2, 2.5, np.float64(2.5), np.int64(3)):
+            plain = number.item() if isinstance(number, np.generic) else number
+            expected = (torch.tensor(array) * plain).numpy()
+            for found in (Tensor(array) * number, number * Tensor(array)):
+                assert found.dtype == expected.dtype
+                assert np.array_equal(found.data, expected)
+
+
+def test_comparison_with_none_and_logic():
+    x = Tensor([1.0, -1.0])
+    assert (x == None) is False and (x != None) is True  # noqa: E711
+    assert ((x > 0) & True).tolist() == (True & (x > 0)).tolist() == [True, False]
+    assert (False | (x > 0)).tolist() == [True, False] and (~(x > 0)).tolist() == [False, True]
 
 
 def test_repr_and_iteration():
