@@ -121,32 +121,16 @@ def backpropagate(roots, seeds, *, targets=None, retain_graph=None, create_graph
     """
     order = _order(roots, floor)
     wanted = None if targets is None else _leading_to(targets, order)
-    kept = set(targets or ())
     keep_graph = create_graph if retain_graph is None else retain_graph
     pending: dict = {}  # vertex -> gradient that has arrived so far
-    owned: set = set()  # vertices whose pending gradient is a sum made here: nobody else holds that array
-    found: dict = {}
+    found: dict = dict.fromkeys(targets or ())
     was_recording, mode.grad = mode.grad, create_graph
     try:
         for root, seed in zip(roots, seeds, strict=True):
             seed = seed if create_graph else constant(seed.data)  # the caller's own tensor must not become a .grad
             pending[root] = pending[root] + seed if root in pending else seed
-        for node in order:
-            gradient = pending.pop(node, None)
-            if gradient is None:
-                continue
-            if node.hooks:
-                gradient = _call_hooks(node.hooks, gradient, node.op, node.shape)
-            if node in kept:
-                found[node] = gradient
-            if wanted is None or node in wanted:
-                _through(node, gradient, pending, owned, wanted, create_graph)
-            if not keep_graph:
-                node.edges = node.saved = node.joint = None
-                if node.result is not None:
-                    node.result = None
-            del gradient
-        while pending:
+        _sweep(order, pending, found, wanted, keep_graph, create_graph)
+        while pending:  # the leaves, and what lies beyond the edge
             vertex, gradient = pending.popitem()
             if type(vertex) is not Node and vertex._hooks:
                 gradient = _call_hooks(vertex._hooks, gradient, "leaf", vertex.shape)
@@ -156,39 +140,55 @@ def backpropagate(roots, seeds, *, targets=None, retain_graph=None, create_graph
             shared = array.base is not None or (getrefcount(gradient), getrefcount(array)) != _UNSHARED
             if shared and not create_graph:
                 gradient = constant(array.copy())
-            if wanted is None or vertex in kept:
+            if targets is None or vertex in found:
                 found[vertex] = gradient
     finally:
         mode.grad = was_recording
     return found
 
 
-def _through(node, gradient, pending, owned, wanted, create_graph):
-    """Passes a node's gradient on along its edges."""
-    for tensor, version in node.saved:
-        if tensor._version[0] != version:
-            raise _overwritten(node, tensor, version)
-    if create_graph and node.result is not None:  # rules written in terms of the result can now be differentiated
-        node.result.requires_grad, node.result._node = True, node
-    run = _run_watched if mode.anomaly else _run
-    joint = node.joint and run(node, node.joint, gradient)
-    for vertex, vjp, shape in node.edges:
-        if wanted is not None and vertex not in wanted:
+def _sweep(order, pending, found, wanted, keep_graph, create_graph):
+    """Visits the nodes, newest first: each passes its gradient on along its edges, and is then freed."""
+    owned: set = set()  # vertices whose pending gradient is a sum made here: nobody else holds that array
+    run = _watched if mode.anomaly else None
+    for node in order:
+        gradient = pending.pop(node, None)
+        if gradient is None:
             continue
-        part = joint[vjp] if joint else run(node, vjp, gradient)
-        if part is None:
+        if node.hooks:
+            gradient = _call_hooks(node.hooks, gradient, node.op, node.shape)
+        if node in found:
+            found[node] = gradient
+        if wanted is not None and node not in wanted:
             continue
-        if part.data.shape != shape:
-            part = sum_to(part, shape)
-        before = pending.get(vertex)
-        if before is None:
-            pending[vertex] = part
-        elif vertex in owned:
-            before.data += part.data
-        else:
-            pending[vertex] = before + part
-            if not create_graph:
-                owned.add(vertex)
+        for tensor, version in node.saved:
+            if tensor._version[0] != version:
+                raise _overwritten(node, tensor, version)
+        if create_graph and node.result is not None:  # rules written in terms of the result are differentiable now
+            node.result.requires_grad, node.result._node = True, node
+        joint = node.joint
+        parts = joint and (run(node, joint, gradient) if run else joint(gradient))
+        for vertex, vjp, shape in node.edges:
+            if wanted is not None and vertex not in wanted:
+                continue
+            part = parts[vjp] if joint else run(node, vjp, gradient) if run else vjp(gradient)
+            if part is None:
+                continue
+            if part.data.shape != shape:
+                part = sum_to(part, shape)
+            before = pending.get(vertex)
+            if before is None:
+                pending[vertex] = part
+            elif vertex in owned:
+                before.data += part.data
+            else:
+                pending[vertex] = before + part
+                if not create_graph:
+                    owned.add(vertex)
+        if not keep_graph:
+            node.edges = node.saved = node.joint = None
+            if node.result is not None:
+                node.result = None
 
 
 def _overwritten(node, tensor, version):
@@ -199,11 +199,7 @@ def _overwritten(node, tensor, version):
     )
 
 
-def _run(node, vjp, gradient):
-    return vjp(gradient)
-
-
-def _run_watched(node, vjp, gradient):
+def _watched(node, vjp, gradient):
     """A vjp under detect_anomaly: its results are looked at, and an error says where the operation was recorded."""
     try:
         parts = vjp(gradient)

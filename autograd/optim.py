@@ -31,6 +31,8 @@ class Optimizer:
             if not isinstance(p, Tensor) or not p.is_leaf:
                 raise ValueError(f"{type(self).__name__}: {p!r}: expected a leaf tensor")
         self.state = {id(p): {} for p in every}
+        # An array per parameter to compute in, kept from step to step: fresh memory for large ones costs page faults.
+        self._scratch = {id(p): np.empty_like(p.data) for p in every}
         self._params = every
 
     def _check(self, group):
@@ -43,12 +45,14 @@ class Optimizer:
             p.grad = None
 
     def step(self) -> None:
+        name = type(self).__name__
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p.data, p.grad.data, self.state[id(p)], group)
+                    key = id(p)
+                    self._update(p.data, p.grad.data, self.state[key], self._scratch[key], group)
                     p._version[0] += 1
-                    p._version[1] = type(self).__name__
+                    p._version[1] = name
 
     def state_dict(self) -> dict:
         """Hyper-parameters of each group and, in order of the parameters, a copy of each one's state."""
@@ -77,14 +81,6 @@ def _copied(state):
     return {name: value.copy() if isinstance(value, np.ndarray) else value for name, value in state.items()}
 
 
-def _scratch(state, like):
-    """An array to compute in, kept from step to step: fresh memory for large parameters costs page faults."""
-    buffer = state.get("scratch")
-    if buffer is None:
-        buffer = state["scratch"] = np.empty_like(like)
-    return buffer
-
-
 class SGD(Optimizer):
     """v = momentum v + (g + weight_decay p); p -= lr v, or with Nesterov p -= lr (g + momentum v)."""
 
@@ -96,11 +92,10 @@ class SGD(Optimizer):
         if group["nesterov"] and not group["momentum"] > 0:
             raise ValueError(f"SGD: Nesterov with momentum {group['momentum']}: expected a positive momentum")
 
-    def _update(self, p, g, state, group):
-        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        scratch = _scratch(state, p)
-        if decay:
-            g = g + decay * p
+    def _update(self, p, g, state, scratch, group):
+        if group["weight_decay"]:
+            g = g + group["weight_decay"] * p
+        momentum = group["momentum"]
         if momentum:
             if "momentum" not in state:
                 state["momentum"] = g.copy()
@@ -108,7 +103,7 @@ class SGD(Optimizer):
                 state["momentum"] *= momentum
                 state["momentum"] += g
             g = g + momentum * state["momentum"] if group["nesterov"] else state["momentum"]
-        np.multiply(g, lr, out=scratch)
+        np.multiply(g, group["lr"], out=scratch)
         p -= scratch
 
 
@@ -125,12 +120,12 @@ class AdamW(Optimizer):
                 f"AdamW: betas {group['betas']}, eps {group['eps']}: expected betas in [0, 1) and eps >= 0"
             )
 
-    def _update(self, p, g, state, group):
+    def _update(self, p, g, state, scratch, group):
         if not state:
             state.update(step=0, m=np.zeros_like(p), v=np.zeros_like(p))
         lr, (beta1, beta2) = group["lr"], group["betas"]
         state["step"] += 1
-        m, v, scratch = state["m"], state["v"], _scratch(state, p)
+        m, v = state["m"], state["v"]
         np.subtract(g, m, out=scratch)
         scratch *= 1 - beta1
         m += scratch
@@ -176,7 +171,7 @@ class Muon(Optimizer):
             if p.ndim != 2:
                 raise ValueError(f"Muon: a parameter of shape {p.shape}: expected matrices (use AdamW for the others)")
 
-    def _update(self, p, g, state, group):
+    def _update(self, p, g, state, scratch, group):
         momentum, lr = group["momentum"], group["lr"]
         if not state:
             state["momentum"] = np.zeros_like(p)
@@ -185,7 +180,8 @@ class Muon(Optimizer):
         m += (1 - momentum) * g
         update = orthogonalize((1 - momentum) * g + momentum * m, group["steps"])
         p *= 1 - lr * group["weight_decay"]
-        p -= p.dtype.type(lr * math.sqrt(max(1, p.shape[0] / p.shape[1]))) * update
+        np.multiply(update, lr * math.sqrt(max(1, p.shape[0] / p.shape[1])), out=scratch)
+        p -= scratch
 
 
 def clip_grad_norm_(parameters, max_norm: float) -> float:

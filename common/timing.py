@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, sleep
 from typing import Any, Literal
 
 import numpy as np
@@ -18,6 +18,10 @@ import numpy as np
 from common.cli import parse, run
 from common.results import save_result
 
+# After a call the idle threads of BLAS and OpenMP go on spinning for some tens of ms, on the cores that another
+# library's threads then need. So each sample begins after a pause, and with a call that is not counted, which wakes its
+# own.
+SETTLE_S = 0.05
 SAMPLE_S = 5e-3  # a sample lasts at least this long, well above the clock's resolution
 MAX_INNER = {
     "cpu": 1_000_000,
@@ -85,6 +89,9 @@ def compare(
     raw: dict[str, list[float]] = {name: [] for name in functions}
     for _ in range(rounds):
         for name, function in functions.items():  # A B A B: drift of the machine meets all alike
+            if kind == "cpu" and len(functions) > 1:
+                sleep(SETTLE_S)
+                function()
             raw[name].append(clock(function, calls[name]) / calls[name])
     return {name: Samples(tuple(raw[name]), calls[name]) for name in functions}
 
