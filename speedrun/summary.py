@@ -1,0 +1,89 @@
+"""What a finished run reached: bits per byte beside compressors on the same bytes, speed beside the machine's own peak.
+
+Everything is computed here and now: the compressors run, the matrix products are timed. Refuses nothing.
+"""
+
+import bz2
+import json
+import lzma
+import zlib
+from typing import Any
+
+import torch
+
+from common.dist import World
+from common.log import atomic_write, format_duration, jsonable
+from common.timing import gemm_peak
+from minigpt.config import TrainConfig
+from minigpt.sample import as_text, generate
+from minigpt.train import Result, plot_run
+
+PROMPT = "def "
+
+
+def compressors(text: bytes) -> dict[str, float]:
+    """Bits per byte of general compressors at their strongest setting on the same text."""
+    packed = {
+        "xz -9e": lzma.compress(text, preset=9 | lzma.PRESET_EXTREME),
+        "bz2 -9": bz2.compress(text, 9),
+        "zlib -9": zlib.compress(text, 9),
+    }
+    return {name: 8 * len(data) / len(text) for name, data in packed.items()}
+
+
+def machine_peak(dtype: torch.dtype, world: World) -> float:
+    """Measured FLOP/s of a large matrix product, times the ranks."""
+    return world.world_size * gemm_peak(str(dtype).removeprefix("torch."), world.device)
+
+
+def summarise(result: Result, world: World, wall_seconds: float) -> dict[str, Any]:
+    """The numbers of a finished run, written to summary.json in its folder; loss.png is drawn again beside xz."""
+    config, held_out = result.config, result.corpus.held_out_text
+    others = compressors(held_out)
+    plot_run(config.folder, reference={"xz -9e": others["xz -9e"]})
+    flops = result.model.flops_per_token(config.context) * result.tokens_per_second
+    peak = machine_peak(result.dtype, world)
+    summary = {
+        "bits_per_byte": result.bits_per_byte,
+        "held_out_bytes": len(held_out),
+        "compressors": others,
+        "corpus": result.corpus.name,
+        "corpus_digest": result.corpus.digest,
+        "parameters": result.model.num_parameters(),
+        "dtype": str(result.dtype).removeprefix("torch."),
+        "device": world.device.type,
+        "ranks": world.world_size,
+        "threads": torch.get_num_threads(),
+        "steps": config.steps,
+        "tokens": config.steps * config.batch * config.context,
+        "train_seconds": result.train_seconds,
+        "wall_seconds": wall_seconds,
+        "tokens_per_s": result.tokens_per_second,
+        "flops": flops,
+        "gemm_peak_flops": peak,
+        "of_peak": flops / peak,
+    }
+    atomic_write(config.folder / "summary.json", json.dumps(jsonable(summary), indent=1, allow_nan=False) + "\n")
+    return summary
+
+
+def as_lines(summary: dict[str, Any], config: TrainConfig) -> str:
+    s = summary
+    beside = ", ".join(f"{name} {value:.3f}" for name, value in s["compressors"].items())
+    ranks = f" of {s['ranks']} ranks" if s["ranks"] > 1 else ""
+    return "\n".join(
+        [
+            f"bits per byte  {s['bits_per_byte']:.4f} on {s['held_out_bytes']:,} held-out bytes ({beside} on the same)",
+            f"model          {s['parameters']:,} parameters, {s['dtype']}",
+            f"training       {s['steps']:,} steps, {s['tokens']:,} tokens in {format_duration(s['train_seconds'])}; "
+            f"this sitting with evaluation and all {format_duration(s['wall_seconds'])}",
+            f"speed          {s['tokens_per_s']:,.0f} tokens/s, {s['flops'] / 1e9:,.1f} GFLOP/s, {s['of_peak']:.1%} "
+            f"of the GEMM peak measured here{ranks}, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s",
+            f"files          {config.folder / 'loss.png'}  {config.folder / 'metrics.jsonl'}  {config.checkpoint}",
+        ]
+    )
+
+
+def sample(result: Result) -> str:
+    tokens = generate(result.model, PROMPT.encode(), length=300, temperature=0.8)
+    return "sample         temperature 0.8, seed 0:\n" + PROMPT + "".join(as_text(tokens))

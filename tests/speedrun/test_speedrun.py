@@ -1,0 +1,149 @@
+"""The main job as a user starts it: one process, two ranks under torchrun, killed and resumed; and its summary."""
+
+import bz2
+import json
+import lzma
+import signal
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.dist import spawn
+from minigpt.checkpoint import load_checkpoint
+from minigpt.model import GPT
+from speedrun import summary
+from speedrun.presets import PRESETS, choose_preset
+from speedrun.record import RecordConfig, record
+from speedrun.train import average
+from tests.minigpt.programs import run, send_after, start
+
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("corpus") / "text.py"
+    path.write_bytes(Path(subprocess.__file__).read_bytes())
+    return path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, corpus) -> tuple[Path, str]:
+    """A smoke run by one process: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "alone"
+    code, out, err = run("speedrun.train", *flags(folder, corpus))
+    assert code == 0, err
+    return folder, out
+
+
+def flags(folder: Path, corpus: Path) -> list:
+    return ["--preset", "smoke", "--folder", folder, "--corpus", corpus, "--dtype", "float32", "--device", "cpu"]
+
+
+def rows(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_ranks_are_one_process(alone, tmp_path, corpus):
+    folder = tmp_path / "two"
+    code, out, err = run("speedrun.train", *flags(folder, corpus), launcher=TORCHRUN)
+    assert code == 0, err
+    ours, theirs = rows(folder), rows(alone[0])
+    assert len(ours) == len(theirs) == PRESETS["smoke"].steps
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in other.items():
+            assert one[name] == pytest.approx(value, rel=1e-3 if name == "grad_norm" else 1e-4), (other["step"], name)
+    weights, expected = (load_checkpoint(each / "checkpoint.pt")["model"] for each in (folder, alone[0]))
+    for name, value in expected.items():
+        error = (weights[name] - value).abs().max().item()
+        assert error <= 5e-3, f"{name}: {error}"
+    assert out.count("bits per byte ") == 1 and "of 2 ranks" in out, "rank 0 alone speaks"
+
+
+def test_a_batch_that_two_ranks_cannot_share(tmp_path, corpus):
+    folder = tmp_path / "odd"
+    code, _, err = run("speedrun.train", *flags(folder, corpus), "--batch", 3, launcher=TORCHRUN)
+    assert code != 0 and "error: batch 3 is not divisible by world size 2" in err and not folder.exists()
+
+
+def test_sigkill_then_resume_ends_like_the_undisturbed_run(alone, tmp_path, corpus):
+    folder = tmp_path / "killed"
+    code, *_ = send_after(start("speedrun.train", *flags(folder, corpus)), folder, 12, signal.SIGKILL)
+    assert code == -signal.SIGKILL
+    assert 10 <= load_checkpoint(folder / "checkpoint.pt")["step"] < PRESETS["smoke"].steps
+    code, out, err = run("speedrun.train", "--folder", folder, "--resume")
+    assert code == 0, err
+    assert (folder / "metrics.jsonl").read_bytes() == (alone[0] / "metrics.jsonl").read_bytes()
+    sides = [load_checkpoint(each / "checkpoint.pt")["model"] for each in (folder, alone[0])]
+    assert all(torch.equal(sides[0][name], value) for name, value in sides[1].items())
+    first_line = alone[1].partition("bits per byte ")[2].splitlines()[0]
+    assert f"bits per byte {first_line}" in out
+
+
+def test_the_summary_says_what_was_reached(alone, corpus):
+    folder, out = alone
+    text = corpus.read_bytes()
+    held_out = text[len(text) - len(text) // 20 :]
+    xz = 8 * len(lzma.compress(held_out, preset=9 | lzma.PRESET_EXTREME)) / len(held_out)
+    reached = rows(folder)[-1]["held_out_bits_per_byte"]
+    assert f"{reached:.4f} on {len(held_out):,} held-out bytes (xz -9e {xz:.3f}" in out
+    for part in ("tokens/s", "GFLOP/s", "of the GEMM peak measured here", "def "):
+        assert part in out
+    for name in ("loss.png", "metrics.jsonl", "checkpoint.pt"):
+        assert f"{folder / name}" in out and (folder / name).exists()
+
+
+def test_a_second_run_into_the_same_folder_is_refused(alone, corpus):
+    before = {path: path.read_bytes() for path in alone[0].iterdir()}
+    code, out, err = run("speedrun.train", *flags(alone[0], corpus))
+    assert (code, out) == (2, "") and err.count("\n") == 1 and "already holds a run" in err
+    assert before == {path: path.read_bytes() for path in alone[0].iterdir()}
+
+
+def test_compressors_are_computed():
+    text = Path(json.__file__).read_bytes() * 2
+    values = summary.compressors(text)
+    assert list(values) == ["xz -9e", "bz2 -9", "zlib -9"]
+    assert lzma.decompress(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) == text
+    assert values["bz2 -9"] == 8 * len(bz2.compress(text, 9)) / len(text)
+    assert values["zlib -9"] == 8 * len(zlib.compress(text, 9)) / len(text)
+
+
+def _averages(rank: int, world_size: int) -> list[torch.Tensor]:
+    strided = torch.arange(6.0).reshape(2, 3).T + rank
+    tensors = [torch.full((2, 3), float(rank)), torch.tensor(10.0 * rank), strided, torch.empty(0)]
+    average(tensors)
+    return [tensor.contiguous() for tensor in tensors]
+
+
+def test_average_is_the_mean_over_ranks():
+    for tensors in spawn(_averages, 3):
+        assert torch.equal(tensors[0], torch.ones(2, 3)) and tensors[1].item() == 10
+        assert torch.equal(tensors[2], torch.arange(6.0).reshape(2, 3).T + 1) and tensors[3].numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("cuda", "several", "name"),
+    [(False, False, "cpu"), (False, True, "cpu"), (True, False, "gpu"), (True, True, "gpus")],
+)
+def test_the_preset_fits_the_hardware(cuda, several, name):
+    assert choose_preset(cuda, several) == name
+    GPT(PRESETS[name].model_config())
+
+
+def test_a_finished_run_is_filed_under_results(alone, tmp_path):
+    result, picture = record(RecordConfig(folder=alone[0], out=tmp_path))
+    filed = json.loads(result.read_text())
+    row = filed["rows"][0]
+    assert result.name.startswith("cpu_") and filed["config"]["steps"] == row["steps"] == PRESETS["smoke"].steps
+    assert filed["config"]["run_command"].startswith("python -m speedrun.train --preset smoke")
+    assert row["bits_per_byte"] == rows(alone[0])[-1]["held_out_bits_per_byte"]
+    assert [step for step, _ in row["held_out_looks"]] == [10, 20, 30] and {"xz", "bz2", "zlib"} <= row.keys()
+    assert picture.read_bytes() == (alone[0] / "loss.png").read_bytes()
+    with pytest.raises(ValueError, match=r"holds no finished speedrun: expected summary.json, config.json"):
+        record(RecordConfig(folder=tmp_path / "nowhere", out=tmp_path))
