@@ -283,9 +283,11 @@ def plot_run(folder: Path, reference: dict[str, float] | None = None) -> Path:
     for row in rows:
         mean += (row["loss"] - mean) * 0.05
         smooth.append(mean / math.log(2))
-    looks = [(row["step"], row.get("held_out_look", row.get("held_out_bits_per_byte"))) for row in rows]
-    looks = [(step, value) for step, value in looks if value is not None]
-    series = {"training batches (smoothed)": (steps, smooth), "held-out text": tuple(zip(*looks, strict=True))}
+    series = {"training batches (smoothed)": (steps, smooth)}
+    # Apart: a look is at few windows, so it may lie above or below the whole text.
+    for label, name in (("held-out text, a few windows", "held_out_look"), ("all of it", "held_out_bits_per_byte")):
+        if points := [(row["step"], row[name]) for row in rows if name in row]:
+            series[label] = tuple(zip(*points, strict=True))
     path = folder / "loss.png"
     plots.curve(path, series, xlabel="step", ylabel="bits per byte", title=folder.name, reference=reference)
     return path

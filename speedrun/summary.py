@@ -70,7 +70,7 @@ def summarise(result: Result, world: World, wall_seconds: float) -> dict[str, An
 def as_lines(summary: dict[str, Any], config: TrainConfig) -> str:
     s = summary
     beside = ", ".join(f"{name} {value:.3f}" for name, value in s["compressors"].items())
-    ranks = f" of {s['ranks']} ranks" if s["ranks"] > 1 else ""
+    ranks = f" on {s['ranks']} ranks" if s["ranks"] > 1 else ""
     return "\n".join(
         [
             f"bits per byte  {s['bits_per_byte']:.4f} on {s['held_out_bytes']:,} held-out bytes ({beside} on the same)",
@@ -78,7 +78,7 @@ def as_lines(summary: dict[str, Any], config: TrainConfig) -> str:
             f"training       {s['steps']:,} steps, {s['tokens']:,} tokens in {format_duration(s['train_seconds'])}; "
             f"this sitting with evaluation and all {format_duration(s['wall_seconds'])}",
             f"speed          {s['tokens_per_s']:,.0f} tokens/s, {s['flops'] / 1e9:,.1f} GFLOP/s, {s['of_peak']:.1%} "
-            f"of the GEMM peak measured here{ranks}, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s",
+            f"of the GEMM peak measured here, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s{ranks}",
             f"files          {config.folder / 'loss.png'}  {config.folder / 'metrics.jsonl'}  {config.checkpoint}",
         ]
     )

@@ -62,7 +62,7 @@ def test_two_ranks_are_one_process(alone, tmp_path, corpus):
     for name, value in expected.items():
         error = (weights[name] - value).abs().max().item()
         assert error <= 5e-3, f"{name}: {error}"
-    assert out.count("bits per byte ") == 1 and "of 2 ranks" in out, "rank 0 alone speaks"
+    assert out.count("bits per byte ") == 1 and "on 2 ranks" in out, "rank 0 alone speaks"
 
 
 def test_a_batch_that_two_ranks_cannot_share(tmp_path, corpus):
