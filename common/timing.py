@@ -18,10 +18,10 @@ import numpy as np
 from common.cli import parse, run
 from common.results import save_result
 
-# After a call the idle threads of BLAS and OpenMP go on spinning for some tens of ms, on the cores that another
+# After a call the idle threads of BLAS and OpenMP go on spinning for up to some 100 ms, on the cores that another
 # library's threads then need. So each sample begins after a pause, and with a call that is not counted, which wakes its
 # own.
-SETTLE_S = 0.05
+SETTLE_S = 0.2
 SAMPLE_S = 5e-3  # a sample lasts at least this long, well above the clock's resolution
 MAX_INNER = {
     "cpu": 1_000_000,
@@ -85,15 +85,21 @@ def compare(
             function()
     kind = _kind(device)
     clock = _cuda_clock(device) if kind == "cuda" else _cpu_clock
-    calls = {name: inner or _calibrate(clock, function, MAX_INNER[kind]) for name, function in functions.items()}
-    raw: dict[str, list[float]] = {name: [] for name in functions}
+    settle = _settle if kind == "cpu" and len(functions) > 1 else lambda _: None
+    calls, raw = {}, {name: [] for name in functions}
+    for name, function in functions.items():
+        settle(function)
+        calls[name] = inner or _calibrate(clock, function, MAX_INNER[kind])
     for _ in range(rounds):
         for name, function in functions.items():  # A B A B: drift of the machine meets all alike
-            if kind == "cpu" and len(functions) > 1:
-                sleep(SETTLE_S)
-                function()
+            settle(function)
             raw[name].append(clock(function, calls[name]) / calls[name])
     return {name: Samples(tuple(raw[name]), calls[name]) for name in functions}
+
+
+def _settle(function: Callable[[], Any]) -> None:
+    sleep(SETTLE_S)
+    function()
 
 
 def close(tolerance: float) -> Callable[[dict[str, Any]], bool]:

@@ -41,12 +41,12 @@ def test_check_then_warm_up_then_interleave(fakes):
         assert results == {"A": 1.0, "B": 1.0}
 
     compare(fakes.functions, rounds=3, warmup=2, inner=1, check=check)
-    assert " ".join(fakes.calls) == "A B check A A B B" + " pause A A pause B B" * 3
+    assert " ".join(fakes.calls) == "A B check A A B B" + " pause A pause B" + " pause A A pause B B" * 3
 
 
 def test_without_a_check_nothing_is_called_for_it(fakes):
     compare(fakes.functions, rounds=1, warmup=0, inner=2, check=None)
-    assert " ".join(fakes.calls) == "pause A A A pause B B B"
+    assert " ".join(fakes.calls) == "pause A pause B pause A A A pause B B B"
 
 
 def test_samples_are_seconds_a_call(fakes):
