@@ -36,6 +36,9 @@ bench: $(READY)
 gpu: native
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m common.timing --device cuda --out $(OUT)
+	rm -rf build/speedrun
+	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun
+	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)
 
 .venv/.ready: pyproject.toml
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: put a newer one first on the PATH" >&2; exit 2; }

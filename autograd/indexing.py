@@ -86,6 +86,16 @@ def put(a, index, value):
     return record("setitem", y, (a, value), (lambda g: g.masked_fill(~mask, 0.0), lambda g: getitem(g, index)))
 
 
+def setitem(a, index, value) -> None:
+    """a[index] = value, in place."""
+    a._write(
+        "setitem",
+        value,
+        lambda array: a.data.__setitem__(array_index(index), array),
+        lambda old, value: put(old, index, value),
+    )
+
+
 def _grid(op, a, dim, index) -> tuple:
     """The index tuple that makes x[tuple] mean torch's gather along dim."""
     held = as_tensor(index)

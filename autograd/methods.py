@@ -44,6 +44,7 @@ _OPERATORS = {
     "__gt__": elementwise.gt,
     "__ge__": elementwise.ge,
     "__getitem__": indexing.getitem,
+    "__setitem__": indexing.setitem,
     "T": property(lambda a: shape.permute(a, *reversed(range(a.ndim)))),
     "mT": property(lambda a: shape.transpose(a, -1, -2)),
     "to": elementwise.cast,

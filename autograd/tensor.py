@@ -234,16 +234,6 @@ class Tensor:
     def zero_(self):
         return self.fill_(0)
 
-    def __setitem__(self, index, value):
-        from autograd.indexing import array_index, put
-
-        self._write(
-            "setitem",
-            value,
-            lambda array: self.data.__setitem__(array_index(index), array),
-            lambda old, value: put(old, index, value),
-        )
-
 
 def as_tensor(value, like: Tensor | None = None) -> Tensor:
     """value as a Tensor; a number takes the dtype of `like`, unless it is of a higher kind (bool < integer < float)."""

@@ -1,7 +1,8 @@
 """Files a finished speedrun under results/: `python -m speedrun.record --folder runs/speedrun`.
 
-Writes results/speedrun/cpu_<machine>_<date>.json with the summary and the curve, and copies loss.png beside it: what
-the READMEs show comes from there. Refused: a folder without a finished run.
+Writes results/speedrun/cpu_<machine>_<date>.json with the summary and the curve, and copies loss.png beside it as
+loss_cpu.png (on a GPU: cuda_..., loss_cuda.png): what the READMEs show comes from there. Refused: a folder without a
+finished run.
 """
 
 import json
@@ -34,7 +35,7 @@ def record(config: RecordConfig) -> list[Path]:
     run = {"run_command": about["command"], "run_git": about["git"], **about["config"]}
     device = summary["device"]
     result = save_result("speedrun", device, [row], config=run, device=device, root=config.out)
-    picture = config.out / "speedrun" / "loss.png"
+    picture = config.out / "speedrun" / f"loss_{device}.png"
     atomic_write(picture, (config.folder / "loss.png").read_bytes())
     return [result, picture]
 

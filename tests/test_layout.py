@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from common import tables
+
 ROOT = Path(__file__).resolve().parents[1]
 STAGES = ["common", "autograd", "minigpt", "cuda", "parallel", "lora", "speedrun"]  # each may import those before it
 FOREIGN = {"bindings", "core", "pathfinder", "tile", "compute"}  # names that NVIDIA's packages have inside `cuda`
@@ -102,6 +104,10 @@ def test_nvidias_cuda_packages_import_beside_ours():
 def test_every_test_folder_is_a_package():
     for folder in {path.parent for path in tracked("tests/*.py", "tests/**/*.py")}:
         assert (folder / "__init__.py").exists(), folder
+
+
+def test_readme_tables_are_those_of_the_results():
+    assert tables.rewrite(ROOT, check=True) == [], "python -m common.tables rewrites them"
 
 
 def readme_commands():
