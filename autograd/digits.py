@@ -52,9 +52,9 @@ class MLP(nn.Module):
     """Three linear layers over the 64 pixels."""
 
     def __init__(self):
-        self.dropout = nn.Dropout(0.2)
-        self.layers = nn.ModuleList([nn.Linear(64, 256), nn.Linear(256, 128)])
-        self.head = nn.Linear(128, 10)
+        self.dropout = nn.Dropout(0.3)
+        self.layers = nn.ModuleList([nn.Linear(64, 512), nn.Linear(512, 256)])
+        self.head = nn.Linear(256, 10)
 
     def forward(self, x_B1HW):
         x = x_B1HW.flatten(1)
