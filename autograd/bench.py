@@ -258,8 +258,8 @@ def measure(case, steppers, flops, config) -> dict:
     return row
 
 
-def hips(config) -> dict[str, float]:
-    """Milliseconds per step of HIPS autograd by case, {} where it is not installed."""
+def hips(config) -> dict[str, timing.Samples]:
+    """The samples of HIPS autograd by case, {} where it is not installed."""
     script = Path(__file__).with_name("bench_hips.py")
     command = [sys.executable, "-I", str(script), json.dumps({"cases": MLPS, "lr": LR, "rounds": config.rounds})]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **thread_limits(config.threads)})
@@ -268,7 +268,7 @@ def hips(config) -> dict[str, float]:
         return {}
     if done.returncode:
         raise RuntimeError(f"bench_hips.py failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    return {case: timing.Samples(tuple(raw), inner=5) for case, raw in json.loads(done.stdout).items()}
 
 
 def thread_limits(threads: int) -> dict[str, str]:
@@ -325,9 +325,10 @@ def main() -> None:
         print_row(rows[-1])
     rows.append(measure("gpt_block_8x64x128", block_pair(), block_flops(), config))
     print_row(rows[-1])
-    for case, milliseconds in hips(config).items():
-        next(row for row in rows if row["case"] == case)["hips_ms"] = milliseconds
-        print(f"{case:22} HIPS autograd {milliseconds:.3f} ms")
+    for case, samples in hips(config).items():
+        row = next(row for row in rows if row["case"] == case)
+        row |= {"hips_ms": samples.median * 1e3, "hips_samples": samples}
+        print(f"{case:22} HIPS autograd {row['hips_ms']:.3f} ms")
     chain = nodes_per_second(config)
     print(f"{chain['nodes_per_s']:,.0f} nodes/s forward and backward (torch: {chain['torch_nodes_per_s']:,.0f})")
     print(save_result("autograd", "training_step", rows, config=config, device="cpu", root=config.out))

@@ -34,10 +34,10 @@ def sum(a, dim=None, keepdim: bool = False):
 def mean(a, dim=None, keepdim: bool = False):
     a = floating(a)
     dims = dims_of("mean", a, dim)
-    return sum(a, dims, keepdim) * (1 / max_size(a.shape, dims))
+    return sum(a, dims, keepdim) * (1 / element_count(a.shape, dims))
 
 
-def max_size(shape, dims) -> float:
+def element_count(shape, dims) -> float:
     """How many elements the dimensions hold together; NaN for none, so that the mean of nothing is NaN, as in torch."""
     n = 1
     for d in dims:
@@ -50,7 +50,7 @@ def var(a, dim=None, correction: int = 1, keepdim: bool = False):
     a = floating(a)
     dims = dims_of("var", a, dim)
     centred = a - mean(a, dims, keepdim=True)
-    divisor = max_size(a.shape, dims) - correction
+    divisor = element_count(a.shape, dims) - correction
     return sum(centred * centred, dims, keepdim) * (1 / divisor if divisor > 0 else math.inf)
 
 

@@ -140,19 +140,16 @@ def test_a_module_without_forward_says_so():
 
 # -- optimizers --
 OPTIMIZERS = {
-    "sgd": ({}, lambda p: optim.SGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
+    "sgd": (lambda p: optim.SGD(p, lr=0.1), lambda p: torch.optim.SGD(p, lr=0.1)),
     "sgd momentum decay": (
-        {},
         lambda p: optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
     ),
     "nesterov": (
-        {},
         lambda p: optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
         lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
     ),
     "adamw": (
-        {},
         lambda p: optim.AdamW(p, lr=0.03, betas=(0.8, 0.95), weight_decay=0.1),
         lambda p: torch.optim.AdamW(p, lr=0.03, betas=(0.8, 0.95), weight_decay=0.1),
     ),
@@ -161,7 +158,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizer_equals_torch_over_ten_steps(name):
-    _, make, make_torch = OPTIMIZERS[name]
+    make, make_torch = OPTIMIZERS[name]
     ours, theirs = pair()
     ours.norm.weight.requires_grad = False  # frozen: no gradient, must stay as it is
     theirs.norm.weight.requires_grad = False
