@@ -16,18 +16,32 @@ endif
 
 .PHONY: test speedrun native bench gpu clean
 
-test: $(READY)
+test: native
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
 
 # A run that was killed goes on, a finished one only says again what it reached; ARGS="--folder runs/second" starts another.
-speedrun: $(READY)
+speedrun: native
 	$(RUN) -m speedrun.train $(or $(ARGS),$(if $(wildcard runs/speedrun/checkpoint.pt),--resume))
 
+# Without a C++ compiler the Python versions do the work; with one, a build that fails is an error. One build folder for
+# each kind of interpreter; configured once, after that CMake itself sees what has changed.
 native: $(READY)
-	cmake -S . -B build -DPython_EXECUTABLE="$$(command -v $(RUN))"
-	cmake --build build
+	@set -euo pipefail; \
+	if ! command -v "$${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then \
+	  echo "make native: no C++ compiler found, the pure-Python versions will be used"; exit 0; \
+	fi; \
+	python="$$($(RUN) -c 'import sys; print(sys.executable)')"; \
+	export PATH="$$(dirname "$$python"):$$PATH"; \
+	command -v cmake >/dev/null || { echo "make native: no cmake found: pip install cmake" >&2; exit 2; }; \
+	folder="build/native-$$("$$python" -c 'import sys; print(sys.implementation.cache_tag)')"; \
+	if [ ! -e "$$folder/.configured" ]; then \
+	  rm -rf "$$folder"; \
+	  cmake -S . -B "$$folder" $$(command -v ninja >/dev/null && echo -G Ninja) -DPython_EXECUTABLE="$$python"; \
+	  touch "$$folder/.configured"; \
+	fi; \
+	cmake --build "$$folder" --parallel
 
 bench: $(READY)
 	$(RUN) -m common.timing --device cpu --out $(OUT)

@@ -46,16 +46,20 @@ def curve(
     xlabel: str,
     ylabel: str,
     title: str,
+    log_x: bool = False,
     log_y: bool = False,
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]] | None = None,
     reference: Mapping[str, float] | None = None,
 ) -> Path:
     """Lines of `series` {label: (x, y)}, both of shape (N,), and a dotted horizontal line for each `reference`.
 
-    NaN and inf in y leave a gap. Raises ValueError for no series, for x and y of different length, for a series without
+    `points` of a series' label are markers in its colour, such as what was measured beside what was fitted; a label that
+    has points only gets markers alone. NaN and inf in y leave a gap. Raises ValueError for no series, for x and y of different length, for a series without
     a finite point, and with `log_y` for values that are not positive.
     """
     lines = {label: _line(label, x, y) for label, (x, y) in series.items()}
-    heights = [y for _, y in lines.values()] + [np.array([height]) for height in (reference or {}).values()]
+    markers = {label: _line(label, x, y) for label, (x, y) in (points or {}).items()}
+    heights = [y for _, y in [*lines.values(), *markers.values()]] + [np.array([height]) for height in (reference or {}).values()]
     if not lines:
         raise ValueError("series is empty: expected {label: (x, y)}")
     if log_y and any((y[np.isfinite(y)] <= 0).any() for y in heights):
@@ -66,16 +70,22 @@ def curve(
             marker = "o" if len(x) == 1 else None  # a line of one point is invisible
             dash = DASHES[index // len(PALETTE) % len(DASHES)]
             axes.plot(x, y, dash, color=PALETTE[index % len(PALETTE)], marker=marker, linewidth=1.5, label=label)
+        for label, (x, y) in markers.items():
+            index = [*lines, *(name for name in markers if name not in lines)].index(label)
+            named = None if label in lines else label
+            axes.plot(x, y, "o", color=PALETTE[index % len(PALETTE)], markersize=5, label=named)
         for label, height in (reference or {}).items():
             axes.axhline(height, color="#666666", linestyle=":", linewidth=1)
             axes.annotate(label, (1, height), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+        if log_x:
+            axes.set_xscale("log")
         if log_y:
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(LogFormatter())  # 4 rather than 4 x 10^0
             axes.yaxis.set_minor_formatter(LogFormatter())
             axes.grid(True, which="both")
-        if len(lines) > 1:
+        if len(lines) > 1 or markers:
             axes.legend()
         return _save(figure, path)
 

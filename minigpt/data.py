@@ -1,180 +1,287 @@
-"""Text on disk -> byte tokens -> deterministic batches and held-out windows.
+"""Tokens -> batches and held-out windows; `load_data` finds or makes the tokens that a corpus is named by.
 
-A token is a byte (vocabulary 256). Every document is preceded by one byte 0, the separator, so files that contain a
-byte 0 are not text here. Nothing keeps random state: a batch is a function of (seed, step, rank), so resuming a run
-needs only its step. Refused: a missing path, a folder without text, a corpus shorter than a context window. Files that
-are empty, binary or not UTF-8 are left out and reported, never silently.
+Nothing keeps random state: row r of the training list is a function of (seed, r), whatever the ranks, the batch size
+and the step a run was resumed at. Shards are arrays in memory or memory-mapped files; no list of windows is ever made,
+so the same code serves ten megabytes and ten billion tokens. Refused: a text shorter than a window, a batch that ranks
+cannot share, a tokenizer that is not the shards' own.
 """
 
-import hashlib
-import os
-import sysconfig
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Self
 
 import numpy as np
+import torch
+from torch import Tensor
 
-SEPARATOR = 0
-VOCAB_SIZE = 256
-STDLIB_EXCLUDED = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3"})
-HELD_OUT_MODULUS = 20  # one file in twenty, 5%
+from minigpt.corpus import TextCorpus, load_corpus
+from minigpt.download import HUGGING_FACE, fineweb10b
+from minigpt.prepare import choose_tokenizer, prepare_dataset, shard_tokenizer
+from minigpt.shards import ShardFolder, count_tokens, fingerprint, is_shard_folder, open_shard, read_folder, shard_dtype
+from minigpt.tokenizer import Tokenizer
 
-
-@dataclass(frozen=True, slots=True)
-class Corpus:
-    """Tokens are uint8 arrays that begin with a separator; held_out_text is the held-out bytes without separators."""
-
-    name: str
-    train: np.ndarray
-    held_out: np.ndarray
-    held_out_text: bytes
-    documents: int
-    skipped: tuple[tuple[str, str], ...]  # (relative path, why)
-    split: str  # how the held-out side was chosen, in words
-    digest: str  # SHA-256 over the path, side and bytes of every document, in order
-
-    def describe(self) -> str:
-        text = (
-            f"corpus {self.name}: {self.documents} documents, {self.train.size / 1e6:.2f} MB training, "
-            f"{len(self.held_out_text) / 1e6:.2f} MB held out ({self.split}), digest {self.digest[:12]}"
-        )
-        for reason in sorted({reason for _, reason in self.skipped}):
-            names = [name for name, why in self.skipped if why == reason]
-            shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-            text += f"\n  left out, {reason}: {len(names)} ({shown})"
-        return text
+ROUNDS = 8  # of the Feistel network
+Batch = tuple[np.ndarray, np.ndarray]
 
 
-def load_corpus(spec: str) -> Corpus:
-    """`stdlib` (the standard library of this interpreter) or the path of a folder or file (`./stdlib` is a path)."""
-    if spec == "stdlib":
-        root = Path(sysconfig.get_paths()["stdlib"])
-        return build_corpus(spec, root, stdlib_files(root))
-    path = Path(spec)
-    if not path.exists():
-        raise ValueError(f"corpus {spec!r} does not exist: expected 'stdlib' or the path of a folder or text file")
-    if path.is_dir():
-        return build_corpus(spec, path, folder_files(path))
-    return build_corpus(spec, path.parent, [path.name])
+class TokenStream:
+    """The training text: `shards`, rows of uint16 or uint32 tokens, in memory or memory-mapped; `size` tokens in all.
+
+    Epoch e cuts shard s into (size_s - 1) // context windows that follow each other from an offset drawn for (seed, e,
+    s), so what is left at a shard's ends is not always the same; no window spans two shards, and a shard shorter than a
+    window has none. Each window comes once an epoch, in an order shuffled over all shards. Reading it touches the disk
+    at random: fast storage or enough memory to keep the shards in, and `Prefetcher`.
+    """
+
+    def __init__(self, shards: Sequence[np.ndarray]) -> None:
+        # Plain views: every slice of an np.memmap is an np.memmap again, and making one costs more than reading it.
+        self.shards = tuple(np.asarray(shard) for shard in shards)
+        for number, shard in enumerate(self.shards):
+            if shard.ndim != 1 or shard.dtype.kind != "u":
+                raise ValueError(f"shard {number} is {shard.dtype} {shard.shape}: expected a row of unsigned tokens")
+        self.sizes = np.array([shard.size for shard in self.shards], dtype=np.int64)
+        self.size = int(self.sizes.sum())
+
+    def windows(self, context: int) -> int:
+        """How many an epoch has."""
+        return int(self._counts(context).sum())
+
+    def locate(self, row: int, seed: int, context: int) -> tuple[int, int, int]:
+        """(epoch, shard, offset): row `row` reads shard[offset : offset + context + 1]."""
+        return tuple(self.places(row, 1, seed, context)[0].tolist())
+
+    def places(self, row: int, rows: int, seed: int, context: int) -> np.ndarray:
+        """`locate` of rows row..row+rows-1, int64 of shape (rows, 3)."""
+        check_length(self, context)
+        counts = self._counts(context)
+        ends, per_epoch = counts.cumsum(), int(counts.sum())
+        spare = np.maximum(self.sizes - counts * context, 1)  # as many offsets leave the last window its last target
+        places = np.empty((rows, 3), dtype=np.int64)
+        for epoch in range(row // per_epoch, -(-(row + rows) // per_epoch)):
+            first, end = max(row, epoch * per_epoch), min(row + rows, (epoch + 1) * per_epoch)
+            # SeedSequence, since its numbers stay the same in every version of numpy; those of a Generator may change.
+            words = np.random.SeedSequence((seed, epoch)).generate_state(ROUNDS + len(self.shards), np.uint64)
+            offsets = (words[ROUNDS:] % spare.astype(np.uint64)).astype(np.int64)
+            index = np.arange(first - epoch * per_epoch, end - epoch * per_epoch)
+            window = permute(index, per_epoch, words[:ROUNDS])
+            shard = np.searchsorted(ends, window, side="right")
+            start = offsets[shard] + (window - (ends - counts)[shard]) * context
+            places[first - row : end - row] = np.stack([np.full_like(shard, epoch), shard, start], axis=1)
+        return places
+
+    def _counts(self, context: int) -> np.ndarray:
+        return np.maximum(self.sizes - 1, 0) // context
 
 
-def stdlib_files(root: Path) -> list[str]:
-    """Posix relative paths of the stdlib corpus, sorted: every *.py outside the excluded folders."""
-    names = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return sorted(name for name in names if not STDLIB_EXCLUDED & set(name.split("/")[:-1]))
+def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+    """Where a pseudo-random permutation of 0..size-1 sends `index`, int64 of any size; in memory of index's size.
+
+    A Feistel network (Luby and Rackoff, 1988) over b bits, the fewest that hold size - 1: the number is halved into
+    (left, right), and each round with key k makes it (right, left xor f(right, k)). Whatever f is, a round can be
+    undone, so it permutes 0..2^b-1. Halves of unequal width swap their widths too, so an even number of keys is needed.
+    Cycle walking (Black and Rogaway, 2002) brings it down to 0..size-1: what falls outside is sent on until it falls
+    inside. It follows its cycle, on which the start itself lies inside, so the walk ends, on average within two steps,
+    and no two starts end at one place. keys: uint64 of shape (rounds,), rounds even.
+    """
+    assert keys.size % 2 == 0
+    bits = (size - 1).bit_length()
+    sent = _feistel(index.astype(np.uint64), bits, keys)
+    while (outside := np.flatnonzero(sent >= size)).size:
+        sent[outside] = _feistel(sent[outside], bits, keys)
+    return sent.astype(np.int64)
 
 
-def folder_files(root: Path) -> list[str]:
-    """Posix relative paths of every file below root, sorted; hidden files and folders (.git) do not belong to it."""
-    names = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        names += [(Path(folder) / name).relative_to(root).as_posix() for name in files if not name.startswith(".")]
-    return sorted(names)
+def _feistel(number: np.ndarray, bits: int, keys: np.ndarray) -> np.ndarray:
+    widths = bits // 2, bits - bits // 2
+    left, right = number >> np.uint64(widths[1]), number & _mask(widths[1])
+    for round, key in enumerate(keys):
+        left, right = right, left ^ (_mix(right + key) & _mask(widths[round % 2]))
+    return left << np.uint64(widths[1]) | right
 
 
-def build_corpus(spec: str, root: Path, names: list[str]) -> Corpus:
-    texts, skipped = {}, []
-    for name in names:
-        text, reason = read_text(root / name)
-        if reason:
-            skipped.append((name, reason))
-        else:
-            texts[name] = text
-    if not texts:
-        found = ", ".join(f"{name} ({reason})" for name, reason in skipped[:3]) or "no files at all"
-        raise ValueError(f"corpus {spec!r} holds no text: expected at least one UTF-8 file, found {found}")
-    train, held_out, split = split_documents(texts)
-    digest = hashlib.sha256()
-    for side, documents in (("train", train), ("held_out", held_out)):
-        for name, text in documents.items():
-            digest.update(f"{side} {name} {len(text)}\n".encode() + text)
-    return Corpus(
-        name=spec,
-        train=join_documents(train.values()),
-        held_out=join_documents(held_out.values()),
-        held_out_text=b"".join(held_out.values()),
-        documents=len(texts),
-        skipped=tuple(skipped),
-        split=split,
-        digest=digest.hexdigest(),
-    )
+def _mask(bits: int) -> np.uint64:
+    return np.uint64((1 << bits) - 1)
 
 
-def read_text(path: Path) -> tuple[bytes, str]:
-    """(bytes, "") of a text file, or (b"", why it is not one)."""
-    try:
-        data = path.read_bytes()
-        data.decode()
-    except UnicodeDecodeError:
-        return b"", "binary" if b"\0" in data else "not UTF-8"
-    except OSError as error:
-        return b"", f"unreadable: {error.strerror}"
-    if not data:
-        return b"", "empty"
-    return (b"", "binary") if b"\0" in data else (data, "")
+def _mix(number: np.ndarray) -> np.ndarray:
+    """Every bit of the result depends on every bit of the number: the finaliser of SplitMix64 (Steele et al., 2014)."""
+    number = (number ^ (number >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    number = (number ^ (number >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return number ^ (number >> np.uint64(31))
 
 
-def is_held_out(name: str) -> bool:
-    """True for a fixed 5% of paths: the SHA-256 of the posix relative path, as an integer, is 0 modulo 20."""
-    return int.from_bytes(hashlib.sha256(name.encode()).digest(), "big") % HELD_OUT_MODULUS == 0
+def batch(stream: TokenStream, *, seed: int, row: int, rows: int, context: int) -> Batch:
+    """(inputs, targets), int64 of shape (rows, context): rows row..row+rows-1 of the endless list of `TokenStream`.
+
+    Targets are the inputs' next tokens. A trainer with a global batch of G stands at row step * G; any other walk along
+    the rows gives the same ones. Raises ValueError when the text is shorter than a window.
+    """
+    if row < 0 or rows < 1:
+        raise ValueError(f"{rows} rows from row {row}: expected at least 1, from 0 on")
+    inputs, targets = np.empty((2, rows, context), dtype=np.int64)
+    for place, (_, shard, start) in enumerate(stream.places(row, rows, seed, context)):
+        window = stream.shards[shard][start : start + context + 1]
+        inputs[place], targets[place] = window[:-1], window[1:]
+    return inputs, targets
 
 
-def split_documents(texts: dict[str, bytes]) -> tuple[dict[str, bytes], dict[str, bytes], str]:
-    """(training, held out, rule in words). By path hash; where that leaves a side empty, the tail of every file."""
-    held_out = {name: text for name, text in texts.items() if is_held_out(name)}
-    train = {name: text for name, text in texts.items() if name not in held_out}
-    if len(texts) > 1 and train and held_out:
-        return train, held_out, "files by path hash"
-    cut = {name: len(text) - max(1, len(text) // HELD_OUT_MODULUS) for name, text in texts.items()}
-    train = {name: text[: cut[name]] for name, text in texts.items()}
-    held_out = {name: text[cut[name] :] for name, text in texts.items()}
-    return train, held_out, "last 5% of the file" if len(texts) == 1 else "last 5% of each file, too few for the hash"
+def rank_rows(row: int, global_batch: int, rank: int, world_size: int) -> tuple[int, int]:
+    """(first row, how many): the share of `rank` in the global batch that begins at `row`.
 
-
-def join_documents(documents: Iterable[bytes]) -> np.ndarray:
-    """uint8 tokens: a separator in front of each document."""
-    return np.frombuffer(b"".join(b"\0" + text for text in documents), dtype=np.uint8)
-
-
-def batch(
-    tokens: np.ndarray, *, seed: int, step: int, rank: int, world_size: int, global_batch: int, context: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(inputs, targets), int64 of shape (global_batch / world_size, context): this rank's rows of step's batch.
-
-    Row r of step s is row s * global_batch + r of an endless list: epoch after epoch, the text is cut into
-    (size - 1) // context windows from a random offset, and each window comes once, in random order. Concatenated in
-    rank order, the rows of all ranks are the rows of the one-process batch.
+    The shares in rank order are the batch of one process. Raises ValueError when the ranks cannot share it evenly.
     """
     if global_batch % world_size:
         raise ValueError(f"batch {global_batch} is not divisible by world size {world_size}")
-    check_length(tokens, context)
-    per_epoch = (tokens.size - 1) // context
     rows = global_batch // world_size
-    first = step * global_batch + rank * rows
-    starts = [
-        epoch_starts(tokens.size, context, seed, row // per_epoch)[row % per_epoch]
-        for row in range(first, first + rows)
-    ]
-    window = np.stack([tokens[start : start + context + 1] for start in starts]).astype(np.int64)
-    return window[:, :-1], window[:, 1:]
+    return row + rank * rows, rows
 
 
-@lru_cache(maxsize=4)  # a pure function; the cache only saves shuffling the same epoch again
-def epoch_starts(size: int, context: int, seed: int, epoch: int) -> np.ndarray:
-    """Where the windows of one epoch start, shuffled."""
-    count = (size - 1) // context
-    generator = np.random.default_rng((seed, epoch))
-    offset = generator.integers(size - count * context)
-    return offset + context * generator.permutation(count)
+class Prefetcher:
+    """Makes the batches of the next steps in a thread while the current one is worked on; `with Prefetcher(...) as p`.
+
+    `make(step)` returns (inputs, targets) and depends on the step alone, so `p.next(step)` is what make(step) is, as
+    tensors on `device`, whether or not it was made ahead; steps in any order are right, one after the other is fast.
+    On CUDA the thread pins the arrays and copies them on a stream of its own. What make raises, `next` raises.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], device: torch.device | str = "cpu", *, depth: int = 2) -> None:
+        self.make, self.device, self.depth = make, torch.device(device), depth
+        self._pending: dict[int, Future] = {}
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
+        self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+
+    def next(self, step: int) -> tuple[Tensor, Tensor]:
+        wanted = range(step, step + self.depth + 1)
+        for other in [other for other in self._pending if other not in wanted]:
+            self._pending.pop(other).cancel()
+        for later in wanted:
+            if later not in self._pending:
+                self._pending[later] = self._worker.submit(self._prepare, later)
+        tensors, copied = self._pending.pop(step).result()
+        if copied is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(copied)
+            for tensor in tensors:
+                tensor.record_stream(stream)  # its memory came from the other stream and is used on this one
+        return tensors
+
+    def _prepare(self, step: int) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
+        inputs, targets = (torch.from_numpy(part) for part in self.make(step))
+        if self._stream is None:
+            return (inputs, targets), None
+        with torch.cuda.stream(self._stream):
+            tensors = tuple(part.pin_memory().to(self.device, non_blocking=True) for part in (inputs, targets))
+            return tensors, self._stream.record_event()
+
+    def close(self) -> None:
+        """Ends the thread, after the batch it is at."""
+        self._worker.shutdown(wait=True, cancel_futures=True)
+        self._pending.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
 
-def check_length(tokens: np.ndarray, context: int) -> None:
-    if tokens.size < context + 1:
+@dataclass(frozen=True)
+class TokenData:
+    """What a run trains and is judged on. Each document of `train` and `held_out` begins with tokenizer.separator."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: TokenStream
+    held_out: np.ndarray  # uint16 or uint32 of shape (tokens,)
+    held_out_bytes: int  # of held-out text, separators not counted
+    held_out_text: bytes | None  # None where only tokens are at hand
+    byte_lengths: np.ndarray  # of each token id, int64 of shape (vocab_size,); 0 for the separator
+    documents: int | None  # None where nobody counted
+    digest: str  # of the text, `+`, of the tokenizer; hexadecimal
+    about: str  # the corpus in words
+
+    def describe(self) -> str:
+        """The corpus, what was left out of it, and its tokens, on a line each."""
+        shards = f"{len(self.train.shards)} shard{'s' * (len(self.train.shards) != 1)}"
+        return (
+            f"{self.about}\ntokens: vocabulary {self.tokenizer.vocab_size:,} (digest {self.tokenizer.digest[:12]}), "
+            f"{self.train.size / 1e6:.2f} M training in {shards}, {self.held_out.size / 1e6:.2f} M held out, "
+            f"{self.held_out_bytes / self.held_out.size:.2f} bytes a token"
+        )
+
+
+def load_data(
+    corpus: str, tokenizer: str = "auto", *, root: Path = Path("data"), endpoint: str = HUGGING_FACE
+) -> TokenData:
+    """The data that `corpus` names, in the tokens of `tokenizer`; all ranks of a machine may call it together.
+
+    corpus: `stdlib`, the path of a text file or folder of texts (tokenised here, in memory), the path of a folder of
+    token shards, `fineweb10B:N` (N training shards, fetched to root), `hf:owner/name[:config[:split[:column]]]`
+    (fetched and tokenised into shards below root on first use). tokenizer: `bytes`, `bpe:N` (trained on the training
+    side), a path, or `auto`: bpe:2048 for text, for shards their own. Raises ValueError for what is not there, is no
+    text, or does not fit together; UserError when a download fails.
+    """
+    if corpus.startswith("fineweb10B"):
+        return _fineweb(corpus, tokenizer, root, endpoint)
+    if corpus.startswith("hf:"):
+        return _shard_data(corpus, read_folder(prepare_dataset(corpus, tokenizer, root, endpoint)), tokenizer)
+    if is_shard_folder(Path(corpus)):
+        return _shard_data(corpus, read_folder(Path(corpus)), tokenizer)
+    return _text_data(load_corpus(corpus), tokenizer)
+
+
+def _fineweb(corpus: str, tokenizer: str, root: Path, endpoint: str) -> TokenData:
+    kind, _, number = corpus.partition(":")
+    if kind != "fineweb10B" or not number.isdecimal():
+        raise ValueError(f"corpus {corpus!r}: expected fineweb10B:N with N training shards")
+    folder = root / "fineweb10B"
+    train, held_out = fineweb10b(int(number), folder, endpoint=endpoint)
+    return _shard_data(corpus, ShardFolder(folder, tuple(train), (held_out,), {}), tokenizer)
+
+
+def _text_data(corpus: TextCorpus, spec: str) -> TokenData:
+    tokenizer = choose_tokenizer(spec, (text for _, text in corpus.train))
+    train, held_out = (
+        join_documents(tokenizer.encode_batch([text for _, text in side]), tokenizer)
+        for side in (corpus.train, corpus.held_out)
+    )
+    text = corpus.held_out_text
+    return TokenData(
+        corpus.name, tokenizer, TokenStream([train]), held_out, len(text), text, tokenizer.byte_lengths(),
+        corpus.documents, f"{corpus.digest}+{tokenizer.digest}", corpus.describe(),
+    )  # fmt: skip
+
+
+def join_documents(documents: Iterable[np.ndarray], tokenizer: Tokenizer) -> np.ndarray:
+    """uint16 or uint32 tokens: a separator in front of each document."""
+    separator = np.array([tokenizer.separator], dtype=shard_dtype(tokenizer.vocab_size))
+    return np.concatenate([part for document in documents for part in (separator, document)], dtype=separator.dtype)
+
+
+def _shard_data(name: str, shards: ShardFolder, spec: str) -> TokenData:
+    tokenizer, meta = shard_tokenizer(shards, spec), shards.meta
+    train, held_out = ([open_shard(p, tokenizer.vocab_size) for p in side] for side in (shards.train, shards.held_out))
+    held_out = held_out[0] if len(held_out) == 1 else np.concatenate(held_out)
+    byte_lengths = tokenizer.byte_lengths()
+    digest = meta.get("digest") or fingerprint([*shards.train, *shards.held_out])
+    documents = sum(meta["documents"].values()) if meta else None
+    counted = f"{documents} documents of {meta['source']}, held out: {meta['split']}" if meta else "token shards"
+    return TokenData(
+        name, tokenizer, TokenStream(train), held_out,
+        int(count_tokens(held_out, tokenizer.vocab_size) @ byte_lengths), None, byte_lengths,
+        documents, f"{digest}+{tokenizer.digest}", f"corpus {name}: {counted}, digest {digest[:12]}",
+    )  # fmt: skip
+
+
+def check_length(stream: TokenStream, context: int) -> None:
+    """Raises ValueError unless some shard has a window."""
+    longest = int(stream.sizes.max(initial=0))
+    if longest < context + 1:
+        where = " in its longest shard" if len(stream.shards) > 1 else ""
         raise ValueError(
-            f"the training text is {tokens.size} tokens: expected at least {context + 1}, a context window and its "
+            f"the training text is {longest} tokens{where}: expected at least {context + 1}, a context window and its "
             f"last target; give more text or a smaller context"
         )
 

@@ -1,8 +1,9 @@
 """Bits per byte on held-out text: how many bits a coder driven by the model would need, divided by the bytes.
 
 The rule: every token of the held-out text but the first separator is predicted exactly once, from the windows of
-`minigpt.data.held_out_windows`. The cost of separators counts, since it tells where documents end; their bytes do not.
-So the number is comparable with a compressor's on the same documents, and slightly to our disadvantage.
+`minigpt.data.held_out_windows`. The cost of separators counts, since it tells where documents end, but they are no
+bytes. So the number does not depend on the tokenizer, is comparable with a compressor's on the same documents, and
+slightly to our disadvantage.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.data import SEPARATOR, held_out_windows
+from minigpt.data import held_out_windows
 
 Window = tuple[int, int, int]
 
@@ -21,6 +22,7 @@ Window = tuple[int, int, int]
 def bits_per_byte(
     model: Callable[[Tensor], Tensor],
     tokens: np.ndarray,
+    byte_lengths: np.ndarray,
     *,
     context: int,
     stride: int,
@@ -28,9 +30,13 @@ def bits_per_byte(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> float:
-    """Of all held-out tokens, in windows of `context` that advance by `stride`; dtype bfloat16 means autocast."""
+    """Of all held-out tokens, in windows of `context` that advance by `stride`; dtype bfloat16 means autocast.
+
+    byte_lengths (V,): the bytes that each token stands for, 0 for separators.
+    """
     windows = held_out_windows(tokens.size, context, stride)
-    return to_bits_per_byte(score(model, tokens, windows, rows=rows, device=torch.device(device), dtype=dtype))
+    totals = score(model, tokens, byte_lengths, windows, rows=rows, device=torch.device(device), dtype=dtype)
+    return to_bits_per_byte(totals)
 
 
 def to_bits_per_byte(totals: Tensor) -> float:
@@ -48,6 +54,7 @@ def spread(windows: list[Window], count: int) -> list[Window]:
 def score(
     model: Callable[[Tensor], Tensor],
     tokens: np.ndarray,
+    byte_lengths: np.ndarray,
     windows: list[Window],
     *,
     rows: int,
@@ -56,6 +63,7 @@ def score(
 ) -> Tensor:
     """(nats, bytes) over the counted predictions of `windows`, float64 of shape (2,); `rows` windows at a time."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
+    byte_lengths_V = torch.from_numpy(byte_lengths).to(device)
     for first in range(0, len(windows), rows):
         group = windows[first : first + rows]
         text_BT = np.stack([tokens[start : start + length + 1] for start, length, _ in group]).astype(np.int64)
@@ -66,5 +74,6 @@ def score(
         nats_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none").double()
         first_B1 = torch.tensor([[scored] for _, _, scored in group], device=device)
         counted_BT = torch.arange(targets_BT.shape[1], device=device) >= first_B1
-        totals += torch.stack([nats_BT[counted_BT].sum(), (targets_BT[counted_BT] != SEPARATOR).sum().double()])
+        bytes_BT = byte_lengths_V[targets_BT] * counted_BT
+        totals += torch.stack([nats_BT[counted_BT].sum(), bytes_BT.sum().double()])
     return totals

@@ -1,29 +1,44 @@
 """The GPT in torch; `minigpt/model_numpy.py` is the same text on our own engine, with the same parameter names.
 
-Pre-norm RMSNorm, rotary positions, grouped key/value heads, optional QK-norm, SwiGLU or ReLU² MLP, no biases, optional
-tied embeddings and logit soft-cap. The attention and linear layers are constructor arguments, so that later stages can
-put theirs in. Refused: a sequence longer than the context.
+One definition: by its config it is GPT-2 (learned positions, LayerNorm, biases, GELU), Llama (rotary, RMSNorm, SwiGLU,
+grouped heads), Qwen3 (QK-norm, heads wider than width / heads) or our own (ReLU², soft-cap, untied zero head).
+Attention, linear and norm layers are constructor arguments, so that later stages can put theirs in.
+Refused: a sequence longer than the context, more tokens than the cache has room for.
 
-Shapes: B batch, T time, C width, H query heads, G key/value heads, K head width, F MLP width, V vocabulary.
+Shapes: B batch, T time, S keys in sight, C width, H query heads, G key/value heads, K head width, F MLP width,
+V vocabulary.
 """
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import GPTConfig
+from minigpt.kv_cache import KVCache
+from minigpt.masks import same_document, visible
 
 
-def rotary_tables(context: int, head_width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos_TK and sin_TK in float64: channel pair i, that is (i, i + K/2), turns by t * base**(-2i/K) at position t.
+def rotary_speeds(config: GPTConfig) -> Tensor:
+    """Radians that channel pair i, that is (i, i + K/2), turns per token, float64 of shape (K/2,): base**(-2i/K).
 
-    Rotary embedding, Su et al. 2021, section 3.4.2, with the halves of a head as the pairs.
+    Rotary embedding, Su et al. 2021, section 3.4.2, with the halves of a head as the pairs. rope_factor > 1 is Llama
+    3.1's scaling: pairs that turn less than rope_low times in rope_original tokens are slowed by the factor, those that
+    turn more than rope_high times stay, between the two it is interpolated linearly in the number of turns.
     """
-    speeds = base ** (-torch.arange(0, head_width, 2, dtype=torch.float64) / head_width)
-    angles = torch.outer(torch.arange(context, dtype=torch.float64), speeds)
+    speeds = config.rope_base ** (-torch.arange(0, config.key_width, 2, dtype=torch.float64) / config.key_width)
+    turns = speeds * config.rope_original / (2 * math.pi)
+    kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
+    return speeds * (kept + (1 - kept) / config.rope_factor)
+
+
+def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
+    """cos_TK and sin_TK in float64 of the angle at each position of the context."""
+    angles = torch.outer(torch.arange(config.context, dtype=torch.float64), rotary_speeds(config))
     angles_TK = torch.cat([angles, angles], dim=1)
     return angles_TK.cos(), angles_TK.sin()
 
@@ -34,10 +49,24 @@ def rotate(x_BHTK: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
     return x_BHTK * cos_TK + turned_BHTK * sin_TK
 
 
-def causal_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
-    """softmax(q k' / sqrt(K), only positions up to one's own) v; query head h reads key/value head h * G // H."""
-    grouped = q_BHTK.shape[1] != k_BGTK.shape[1]
-    return F.scaled_dot_product_attention(q_BHTK, k_BGTK, v_BGTK, is_causal=True, enable_gqa=grouped)
+def causal_attention(
+    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, *, window: int = 0, mask_BTS: Tensor | None = None
+) -> Tensor:
+    """softmax(q k' / sqrt(K), only over what is visible) v; query head h reads key/value head h * G // H.
+
+    Without a mask the last query stands at the last key and sees itself and what is before, at most `window` tokens;
+    a mask (True: sees) replaces that rule.
+    """
+    (H, T), (G, S) = q_BHTK.shape[1:3], k_BGSK.shape[1:3]
+    if mask_BTS is None and (window or 1 < T < S):
+        positions_S = torch.arange(S, device=q_BHTK.device)
+        mask_BTS = visible(positions_S[S - T :], positions_S, window)[None]
+    if mask_BTS is not None:
+        mask_BTS = mask_BTS[:, None]  # the same for all heads
+    causal = mask_BTS is None and T > 1
+    return F.scaled_dot_product_attention(
+        q_BHTK, k_BGSK, v_BGSK, attn_mask=mask_BTS, is_causal=causal, enable_gqa=H != G
+    )
 
 
 class RMSNorm(nn.RMSNorm):
@@ -47,65 +76,111 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
 
 
-class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, attention_fn: Callable, linear_cls: Callable):
-        super().__init__()
-        self.config, self.attention_fn = config, attention_fn
-        kv_width = config.kv_heads * config.head_width
-        self.query = linear_cls(config.width, config.width, bias=False)
-        self.key = linear_cls(config.width, kv_width, bias=False)
-        self.value = linear_cls(config.width, kv_width, bias=False)
-        self.output = linear_cls(config.width, config.width, bias=False)
-        if config.qk_norm:
-            self.query_norm = RMSNorm(config.head_width, eps=config.norm_eps)
-            self.key_norm = RMSNorm(config.head_width, eps=config.norm_eps)
+NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
-    def forward(self, x_BTC: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-        B, T, C = x_BTC.shape
-        K = self.config.head_width
+
+class Attention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int, attention_fn: Callable, linear_cls: Callable, norm_cls: Callable):
+        super().__init__()
+        self.config, self.layer, self.attention_fn = config, layer, attention_fn
+        inner_width, kv_width = config.heads * config.key_width, config.kv_heads * config.key_width
+        self.query = linear_cls(config.width, inner_width, bias=config.qkv_bias)
+        self.key = linear_cls(config.width, kv_width, bias=config.qkv_bias)
+        self.value = linear_cls(config.width, kv_width, bias=config.qkv_bias)
+        self.output = linear_cls(inner_width, config.width, bias=config.output_bias)
+        if config.qk_norm:
+            self.query_norm = norm_cls(config.key_width, eps=config.norm_eps)
+            self.key_norm = norm_cls(config.key_width, eps=config.norm_eps)
+        if config.has_value_embedding(layer):
+            self.value_embedding = nn.Embedding(config.vocab_size, kv_width)
+
+    def forward(self, x_BTC: Tensor, sight: "Sight") -> Tensor:
+        B, T, _ = x_BTC.shape
+        K = self.config.key_width
         q_BHTK = self.query(x_BTC).reshape(B, T, self.config.heads, K).transpose(1, 2)
         k_BGTK = self.key(x_BTC).reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
-        v_BGTK = self.value(x_BTC).reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
+        v_BGTK = self.value(x_BTC)
+        if self.config.has_value_embedding(self.layer):
+            v_BGTK = v_BGTK + self.value_embedding(sight.tokens_BT).to(v_BGTK.dtype)
+        v_BGTK = v_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
         if self.config.qk_norm:
             q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
-        q_BHTK, k_BGTK = rotate(q_BHTK, cos_TK, sin_TK), rotate(k_BGTK, cos_TK, sin_TK)
-        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK)
-        return self.output(y_BHTK.transpose(1, 2).reshape(B, T, C))
+        if self.config.positions == "rotary":
+            q_BHTK, k_BGTK = rotate(q_BHTK, *sight.cos_sin), rotate(k_BGTK, *sight.cos_sin)
+        if sight.cache is not None:
+            k_BGTK, v_BGTK = sight.cache.append(self.layer, sight.positions_BT, k_BGTK, v_BGTK)
+        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rule(self.config.window_of(self.layer)))
+        return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+
+class Sight:
+    """What all layers of one pass share: the tokens, where they stand, and what they may see."""
+
+    def __init__(self, tokens_BT: Tensor, positions_BT: Tensor, cache: KVCache | None, separator: int | None):
+        self.tokens_BT, self.positions_BT, self.cache, self.separator = tokens_BT, positions_BT, cache, separator
+        self.cos_sin: tuple[Tensor, Tensor] | None = None
+        self.masks: dict[int, Tensor | None] = {}
+
+    def rule(self, window: int) -> dict:
+        """The keyword arguments of attention_fn; plain causal attention needs none."""
+        if window not in self.masks:
+            self.masks[window] = self._mask(window)
+        if self.masks[window] is not None:
+            return {"mask_BTS": self.masks[window]}
+        return {"window": window} if window else {}
+
+    def _mask(self, window: int) -> Tensor | None:
+        if self.cache is not None:
+            return self.cache.mask(self.positions_BT, window)
+        if self.separator is None:
+            return None
+        causal_BTS = visible(self.positions_BT, self.positions_BT, window)
+        return causal_BTS & same_document(self.tokens_BT, self.separator)
 
 
 class MLP(nn.Module):
     def __init__(self, config: GPTConfig, linear_cls: Callable):
         super().__init__()
         self.config = config
-        self.up = linear_cls(config.width, config.mlp_width, bias=False)
+        self.up = linear_cls(config.width, config.mlp_width, bias=config.mlp_bias)
         if config.mlp == "swiglu":
-            self.gate = linear_cls(config.width, config.mlp_width, bias=False)
-        self.down = linear_cls(config.mlp_width, config.width, bias=False)
+            self.gate = linear_cls(config.width, config.mlp_width, bias=config.mlp_bias)
+        self.down = linear_cls(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        h_BTF = self.up(x_BTC)
         if self.config.mlp == "swiglu":
-            h_BTF = F.silu(self.gate(x_BTC)) * self.up(x_BTC)
-        else:
-            r_BTF = F.relu(self.up(x_BTC))
+            h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
+        elif self.config.mlp == "relu2":
+            r_BTF = F.relu(h_BTF)
             h_BTF = r_BTF * r_BTF
+        else:
+            h_BTF = F.gelu(h_BTF, approximate="tanh" if self.config.mlp == "gelu_tanh" else "none")
         return self.down(h_BTF)
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, attention_fn: Callable, linear_cls: Callable):
+    def __init__(self, config: GPTConfig, layer: int, attention_fn: Callable, linear_cls: Callable, norm_cls: Callable):
         super().__init__()
-        self.attention_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.attention = Attention(config, attention_fn, linear_cls)
-        self.mlp_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.attention_norm = norm_cls(config.width, eps=config.norm_eps)
+        self.attention = Attention(config, layer, attention_fn, linear_cls, norm_cls)
+        self.mlp_norm = norm_cls(config.width, eps=config.norm_eps)
         self.mlp = MLP(config, linear_cls)
 
-    def forward(self, x_BTC: Tensor, cos_TK: Tensor, sin_TK: Tensor) -> Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), cos_TK, sin_TK)
+    def forward(self, x_BTC: Tensor, sight: Sight) -> Tensor:
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), sight)
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
 class GPT(nn.Module):
-    """attention_fn(q_BHTK, k_BGTK, v_BGTK) -> y_BHTK is causal; linear_cls(in, out, bias=False) has a `.weight`."""
+    """The arguments stand for layers of later stages:
+
+    attention_fn(q_BHTK, k_BGSK, v_BGSK, *, window=..., mask_BTS=...) -> y_BHTK is causal, see `causal_attention`; the
+    keywords are given only where the config, a cache or `separator` asks for them. linear_cls(in, out, bias=bool) and
+    norm_cls(width, eps=float) are modules with `.weight`; norm_cls None means the config's. activation_checkpointing
+    keeps only each block's input for the backward pass and computes the rest again. seed None draws no weights, for a
+    model that gets them from a file.
+    """
 
     def __init__(
         self,
@@ -113,66 +188,115 @@ class GPT(nn.Module):
         *,
         attention_fn: Callable = causal_attention,
         linear_cls: Callable = nn.Linear,
-        seed: int = 0,
+        norm_cls: Callable | None = None,
+        activation_checkpointing: bool = False,
+        seed: int | None = 0,
     ):
         super().__init__()
-        self.config = config
+        norm_cls = norm_cls or NORMS[config.norm]
+        self.config, self.activation_checkpointing = config, activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.width)
-        self.blocks = nn.ModuleList([Block(config, attention_fn, linear_cls) for _ in range(config.layers)])
-        self.norm = RMSNorm(config.width, eps=config.norm_eps)
+        if config.positions == "learned":
+            self.position_embedding = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(
+            [Block(config, layer, attention_fn, linear_cls, norm_cls) for layer in range(config.layers)]
+        )
+        self.norm = norm_cls(config.width, eps=config.norm_eps)
         if not config.tied:
             self.head = linear_cls(config.width, config.vocab_size, bias=False)
-        cos_TK, sin_TK = rotary_tables(config.context, config.head_width, config.rope_base)
-        self.register_buffer("cos_TK", cos_TK, persistent=False)
-        self.register_buffer("sin_TK", sin_TK, persistent=False)
-        self.initialise(seed)
+        if config.positions == "rotary":
+            cos_TK, sin_TK = rotary_tables(config)
+            self.register_buffer("cos_TK", cos_TK, persistent=False)
+            self.register_buffer("sin_TK", sin_TK, persistent=False)
+        if seed is not None:
+            self.initialise(seed)
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
         """Matrices normal with standard deviation 1/sqrt(inputs), embeddings 1; what ends a branch starts at zero.
 
         With the two projections back into the residual stream (and an untied head) at zero, each block starts as the
-        identity and the first loss is log(V). numpy draws the numbers: one seed gives both engines the same weights.
+        identity and the first loss is log(V). An embedding that is also the head is drawn like a head, 1/sqrt(width).
+        numpy draws the numbers: one seed gives both engines the same weights.
         """
         generator = np.random.default_rng(seed)
         for name, p in self.named_parameters():
-            if name.endswith(("attention.output.weight", "mlp.down.weight", "head.weight")):
+            if name.endswith(("output.weight", "down.weight", "head.weight", "value_embedding.weight", ".bias")):
                 p.copy_(torch.zeros(p.shape))
             elif p.ndim == 2:
-                std = 1.0 if name == "embedding.weight" else p.shape[1] ** -0.5
+                std = 1.0 if "embedding" in name and not self.config.tied else p.shape[1] ** -0.5
                 p.copy_(torch.from_numpy(generator.normal(0.0, std, p.shape)))
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Tensor:
-        """logits_BTV; with targets the mean cross-entropy in nats instead."""
-        T = tokens_BT.shape[1]
-        if not 1 <= T <= self.config.context:
-            raise ValueError(f"sequence of {T} tokens: expected 1 to the context, {self.config.context}")
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        separator: int | None = None,
+        z_loss: float = 0.0,
+    ) -> Tensor:
+        """logits_BTV; with targets the mean cross-entropy in nats instead, plus z_loss * mean(log Z squared).
+
+        With a cache the tokens follow those that it holds, which they can see, and are added to it. With a separator
+        nothing sees a document other than its own.
+        """
+        logits_BTV = self.logits(self.hidden(tokens_BT, cache=cache, separator=separator))
+        if targets_BT is None:
+            return logits_BTV
+        loss = F.cross_entropy(logits_BTV.reshape(-1, self.config.vocab_size), targets_BT.reshape(-1))
+        return loss + z_loss * logits_BTV.logsumexp(dim=-1).square().mean() if z_loss else loss
+
+    def hidden(self, tokens_BT: Tensor, *, cache: KVCache | None = None, separator: int | None = None) -> Tensor:
+        """x_BTC after the last norm: what the head turns into logits."""
+        if cache is not None and separator is not None:
+            raise ValueError("a cache and a separator: expected one of them, the cache holds one document a row")
+        T, held = tokens_BT.shape[1], cache.longest if cache is not None else 0
+        if not 1 <= T <= self.config.context - held:
+            there = f" after {held} in the cache" if held else ""
+            raise ValueError(f"sequence of {T} tokens{there}: expected 1 to the context, {self.config.context}")
+        positions_BT = torch.arange(T, device=tokens_BT.device)[None] if cache is None else cache.positions(T)
+        sight = Sight(tokens_BT, positions_BT, cache, separator)
         x_BTC = self.embedding(tokens_BT)
-        cos_TK, sin_TK = self.cos_TK[:T].to(x_BTC.dtype), self.sin_TK[:T].to(x_BTC.dtype)
+        if self.config.positions == "learned":
+            x_BTC = x_BTC + self.position_embedding(positions_BT)
+        else:  # one table for all heads, (B, 1, T, K)
+            sight.cos_sin = tuple(t[positions_BT][:, None].to(x_BTC.dtype) for t in (self.cos_TK, self.sin_TK))
         for block in self.blocks:
-            x_BTC = block(x_BTC, cos_TK, sin_TK)
-        x_BTC = self.norm(x_BTC)
+            if self.activation_checkpointing and torch.is_grad_enabled():
+                x_BTC = checkpoint(block, x_BTC, sight, use_reentrant=False)
+            else:
+                x_BTC = block(x_BTC, sight)
+        if cache is not None:
+            cache.advance(T)
+        return self.norm(x_BTC)
+
+    def logits(self, x_BTC: Tensor) -> Tensor:
+        """logits_BTV of hidden states, float32 at least: exp and tanh of half-precision logits lose the loss."""
         logits_BTV = F.linear(x_BTC, self.embedding.weight) if self.config.tied else self.head(x_BTC)
-        if logits_BTV.dtype in (torch.bfloat16, torch.float16):  # exp and tanh of half-precision logits lose the loss
+        if logits_BTV.dtype in (torch.bfloat16, torch.float16):
             logits_BTV = logits_BTV.float()
         if self.config.softcap:
             logits_BTV = self.config.softcap * torch.tanh(logits_BTV / self.config.softcap)
-        if targets_BT is None:
-            return logits_BTV
-        return F.cross_entropy(logits_BTV.reshape(-1, self.config.vocab_size), targets_BT.reshape(-1))
+        return logits_BTV
 
     def num_parameters(self) -> int:
         """Trainable numbers; tied weights count once."""
         return sum(p.numel() for p in self.parameters())
 
-    def flops_per_token(self, T: int | None = None) -> int:
-        """6 N + 12 L C T for a training step on sequences of T tokens (the context when not given).
+    def num_flops_per_token(self, T: int | None = None) -> int:
+        """6 N + 12 H K S of each layer, for a training step on sequences of T tokens (the context when not given).
 
-        N counts the weights that are matrix multiplied: not the gains, not the embedding lookup, but the head, tied or
-        not; 2 FLOPs forward and 4 backward each. Attention: scores and mixing are 2 C T multiply-adds forward, twice
-        that backward, counted as if not causal, the usual convention (PaLM, Chowdhery et al. 2022, appendix B).
+        N counts the weights that are matrix multiplied: not gains, biases and embedding lookups, but the head, tied or
+        not; 2 FLOPs forward and 4 backward each. Attention: scores and mixing are 2 H K S multiply-adds forward, twice
+        that backward, over S = T keys, or the window of a sliding layer; as if not causal, the usual convention (PaLM,
+        Chowdhery et al. 2022, appendix B).
         """
         T = self.config.context if T is None else T
-        matrices = sum(p.numel() for p in self.blocks.parameters() if p.ndim == 2)
+        inner_width = self.config.heads * self.config.key_width
+        matrices = sum(
+            p.numel() for name, p in self.blocks.named_parameters() if p.ndim == 2 and "embedding" not in name
+        )
         head = self.config.vocab_size * self.config.width
-        return 6 * (matrices + head) + 12 * self.config.layers * self.config.width * T
+        seen = sum(min(T, self.config.window_of(layer) or T) for layer in range(self.config.layers))
+        return 6 * (matrices + head) + 12 * inner_width * seen

@@ -1,103 +1,169 @@
-"""Continues a text with a trained GPT, byte by byte: `python -m minigpt.sample --folder runs/minigpt --prompt "def "`.
+"""Continues a text with a trained GPT: `python -m minigpt.sample --folder runs/minigpt --prompt "def "`.
 
-A sample ends after `length` bytes, or where the model ends the document. Bytes are shown as UTF-8 while they come; what
-is no UTF-8 shows as the replacement character. Each byte runs the model over its last `context` bytes afresh: there is
-no key/value cache yet. Refused: a negative temperature, a top_k beyond the vocabulary, a prompt with the byte 0.
+The model is a run of ours or, with --hf, a folder of Hugging Face weights with their tokenizer.json. In our runs a
+document begins with the separator, so that comes before the prompt. Hugging Face models read the prompt as it is, after
+<|begin_of_text|> where the tokenizer has one (Llama 3); an empty prompt is the separator. A sample ends after `length`
+tokens, at a stop string, or where the model ends the document. Refused: settings out of range, a prompt longer than the
+context.
 """
 
-import codecs
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import takewhile
 from pathlib import Path
+from typing import Literal
 
 import torch
-from torch import Tensor
 
 from common import cli
-from minigpt.checkpoint import load_model
-from minigpt.data import SEPARATOR, VOCAB_SIZE
+from minigpt.checkpoint import load_run
+from minigpt.generate import generate, stream_text
+from minigpt.hf import load_pretrained
 from minigpt.model import GPT
+from minigpt.sampling import Sampling
+from minigpt.tokenizer import Tokenizer
+
+BEGIN = "<|begin_of_text|>"
+ENDS = ("<|endoftext|>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>")
 
 
 @dataclass(frozen=True, slots=True)
-class SampleConfig:
-    folder: Path = field(default=Path("runs/minigpt"), metadata={"help": "folder of the run to sample from"})
-    prompt: str = field(default="", metadata={"help": "how the document begins"})
-    length: int = field(default=500, metadata={"help": "bytes to write at most"})
-    temperature: float = field(default=0.8, metadata={"help": "logits are divided by it; 0 takes the likeliest byte"})
-    top_k: int = field(default=0, metadata={"help": "only the k likeliest bytes; 0 for all"})
-    seed: int = field(default=0, metadata={"help": "same seed, same sample"})
+class SourceConfig:
+    """The flags that sampling and chatting share."""
+
+    folder: Path = field(default=Path("runs/minigpt"), metadata={"help": "folder of the run that has the model"})
+    hf: Path | None = field(default=None, metadata={"help": "folder of a Hugging Face model, instead of a run"})
+    length: int = field(default=200, metadata={"help": "tokens to write at most"})
+    temperature: float = field(default=0.8, metadata={"help": "logits are divided by it; 0 takes the likeliest token"})
+    top_k: int = field(default=0, metadata={"help": "only the k likeliest tokens; 0 for all"})
+    top_p: float = field(default=1.0, metadata={"help": "only the likeliest tokens that are p together"})
+    min_p: float = field(default=0.0, metadata={"help": "only tokens p times as likely as the likeliest"})
+    repetition_penalty: float = field(
+        default=1.0, metadata={"help": "above 1: tokens already there become less likely"}
+    )
+    seed: int = field(default=0, metadata={"help": "same seed, same text; further samples take the next seeds"})
+    device: Literal["cpu", "cuda"] = field(default="cpu", metadata={"help": "where the model runs"})
 
     def __post_init__(self) -> None:
         if self.length < 1:
             raise ValueError(f"length {self.length}: expected at least 1")
-        if not (0 <= self.temperature < float("inf")):
-            raise ValueError(f"temperature {self.temperature}: expected 0 or a positive number")
-        if not (0 <= self.top_k <= VOCAB_SIZE):
-            raise ValueError(f"top_k {self.top_k}: expected 0 to {VOCAB_SIZE}")
-        if not (0 <= self.seed < 2**63):
-            raise ValueError(f"seed {self.seed}: expected 0 to 2**63 - 1")
-        if "\0" in self.prompt:
-            raise ValueError(f"prompt {self.prompt!r}: the byte 0 separates documents and cannot be in one")
+        self.sampling()  # checks the rest
+
+    def sampling(self) -> Sampling:
+        return Sampling(**{name: getattr(self, name) for name in Sampling.__slots__})
 
 
-def next_token(logits_V: Tensor, *, temperature: float, top_k: int, generator: torch.Generator) -> int:
-    """Drawn from softmax(logits / temperature) over the top_k likeliest tokens; temperature 0 is the argmax."""
-    if not torch.isfinite(logits_V).all():
-        raise ValueError("the logits are not finite: the checkpoint's weights are broken")
-    if temperature == 0:
-        return int(logits_V.argmax())
-    if top_k:
-        kept = logits_V.topk(top_k)
-        logits_V = torch.full_like(logits_V, -torch.inf).scatter(0, kept.indices, kept.values)
-    # Relative to the largest, so that a tiny temperature gives -inf for the others instead of inf for all.
-    scaled_V = ((logits_V - logits_V.max()) / temperature).nan_to_num(nan=0.0, neginf=-torch.inf)
-    return int(torch.multinomial(scaled_V.softmax(dim=0), 1, generator=generator))
+@dataclass(frozen=True, slots=True)
+class SampleConfig(SourceConfig):
+    prompt: str = field(default="", metadata={"help": "how the document begins"})
+    samples: int = field(default=1, metadata={"help": "how many, computed as one batch and shown one after another"})
+    stop: str | None = field(default=None, metadata={"help": "text at which a sample ends"})
+    cache: bool = field(default=True, metadata={"help": "keep keys and values instead of reading the text afresh"})
+
+    def __post_init__(self) -> None:
+        SourceConfig.__post_init__(self)  # slots make a new class, of which a bare super() knows nothing
+        if self.samples < 1:
+            raise ValueError(f"samples {self.samples}: expected at least 1")
+        if self.stop == "":
+            raise ValueError("stop '': expected a text, or none")
 
 
-@torch.no_grad()
-def generate(
-    model: GPT, prompt: bytes, *, length: int, temperature: float, top_k: int = 0, seed: int = 0
-) -> Iterator[int]:
-    """Yields up to `length` bytes after the separator and the prompt; stops where the model starts a new document."""
-    generator = torch.Generator().manual_seed(seed)
-    device = next(model.parameters()).device
-    tokens = [SEPARATOR, *prompt]
-    for _ in range(length):
-        window_1T = torch.tensor([tokens[-model.config.context :]], device=device)
-        logits_V = model(window_1T)[0, -1].float().cpu()
-        token = next_token(logits_V, temperature=temperature, top_k=top_k, generator=generator)
-        if token == SEPARATOR:
-            return
-        tokens.append(token)
-        yield token
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model with its tokenizer, and the tokens that open and end its documents."""
+
+    model: GPT
+    tokenizer: Tokenizer
+    opening: tuple[int, ...]
+
+    @property
+    def ends(self) -> frozenset[int]:
+        special = self.tokenizer.special
+        return frozenset({self.tokenizer.separator, *(special[name] for name in ENDS if name in special)})
+
+    def document(self, prompt: str) -> list[int]:
+        return [*self.opening, *self.tokenizer.encode(prompt).tolist()] or [self.tokenizer.separator]
 
 
-def as_text(tokens: Iterator[int]) -> Iterator[str]:
-    """The text of the bytes as soon as each character is whole; malformed bytes become U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    for token in tokens:
-        yield decoder.decode(bytes([token]))
-    yield decoder.decode(b"", final=True)
+def load_source(config: SourceConfig) -> Source:
+    """Raises ValueError naming the folder where it holds no model, or the device where there is none."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds none here, expected cpu")
+    if config.hf is None:
+        model, tokenizer = load_run(config.folder)
+        return Source(model.to(config.device), tokenizer, (tokenizer.separator,))
+    tokenizer = Tokenizer.load(config.hf)
+    opening = (tokenizer.special[BEGIN],) if BEGIN in tokenizer.special else ()
+    return Source(load_pretrained(config.hf, device=config.device), tokenizer, opening)
+
+
+def sample_text(model: GPT, tokenizer: Tokenizer, prompt: str, *, length: int, sampling: Sampling) -> str:
+    """What a model trained here writes after the prompt, at most `length` tokens."""
+    source = Source(model, tokenizer, (tokenizer.separator,))
+    rows = generate(
+        model,
+        [source.document(prompt)],
+        max_new_tokens=length,
+        sampling=sampling,
+        stop_tokens=source.ends,
+        vocab_size=tokenizer.vocab_size,
+    )
+    return "".join(stream_text(document_tokens((token for (token,) in rows), source.ends), tokenizer))
+
+
+def document_tokens(tokens: Iterable[int | None], ends: frozenset[int]) -> Iterator[int]:
+    """A row's tokens up to where it ended."""
+    return takewhile(lambda token: token is not None and token not in ends, tokens)
+
+
+def write_samples(config: SampleConfig, source: Source, steps: Iterable[list[int | None]]) -> None:
+    """One sample while it comes, several when all are done."""
+    stop = () if config.stop is None else (config.stop,)
+    rows = [(token for (token,) in steps)] if config.samples == 1 else zip(*steps, strict=True)
+    for number, row in enumerate(rows):
+        if config.samples > 1:
+            print(f"--- sample {number + 1} of {config.samples}, seed {config.seed + number}")
+        sys.stdout.write(config.prompt)
+        for text in stream_text(document_tokens(row, source.ends), source.tokenizer, stop):
+            sys.stdout.write(text)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+
+
+class Counter:
+    """Passes steps on and counts the tokens in them."""
+
+    def __init__(self, steps: Iterable[list[int | None]]):
+        self.steps, self.tokens, self.started = steps, 0, time.monotonic()
+
+    def __iter__(self) -> Iterator[list[int | None]]:
+        for step in self.steps:
+            self.tokens += sum(token is not None for token in step)
+            yield step
+
+    def report(self) -> str:
+        seconds = time.monotonic() - self.started
+        return f"{self.tokens:,} tokens in {seconds:.2f} s, {self.tokens / seconds:,.1f} tokens/s"
 
 
 def main() -> None:
     config = cli.parse(SampleConfig, prog=cli.program(), description="continue a text with a trained GPT")
-    model = load_model(config.folder / "checkpoint.pt")
-    tokens = generate(
-        model,
-        config.prompt.encode(),
-        length=config.length,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        seed=config.seed,
+    source = load_source(config)
+    steps = Counter(
+        generate(
+            source.model,
+            [source.document(config.prompt)] * config.samples,
+            max_new_tokens=config.length,
+            sampling=config.sampling(),
+            stop_tokens=source.ends,
+            vocab_size=source.tokenizer.vocab_size,
+            use_cache=config.cache,
+        )
     )
-    sys.stdout.write(config.prompt)
-    for text in as_text(tokens):
-        sys.stdout.write(text)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    write_samples(config, source, steps)
+    print(steps.report(), file=sys.stderr)
 
 
 if __name__ == "__main__":

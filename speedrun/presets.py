@@ -7,7 +7,7 @@ for about four and a half minutes of training on two cores. `gpu` and `gpus` hav
 from dataclasses import replace
 from pathlib import Path
 
-from minigpt.config import TrainConfig
+from minigpt.train_config import TrainConfig
 
 CPU = TrainConfig(
     folder=Path("runs/speedrun"), layers=4, width=192, heads=2, kv_heads=2, mlp="swiglu", mlp_width=512, qk_norm=True,

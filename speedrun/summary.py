@@ -14,9 +14,11 @@ import torch
 from common.dist import World
 from common.log import atomic_write, format_duration, jsonable
 from common.timing import gemm_peak
-from minigpt.config import TrainConfig
-from minigpt.sample import as_text, generate
-from minigpt.train import Result, plot_run
+from minigpt.compare import plot_run
+from minigpt.sample import sample_text
+from minigpt.sampling import Sampling
+from minigpt.train import Result
+from minigpt.train_config import TrainConfig
 
 PROMPT = "def "
 
@@ -38,17 +40,19 @@ def machine_peak(dtype: torch.dtype, world: World) -> float:
 
 def summarise(result: Result, world: World, wall_seconds: float) -> dict[str, Any]:
     """The numbers of a finished run, written to summary.json in its folder; loss.png is drawn again beside xz."""
-    config, held_out = result.config, result.corpus.held_out_text
-    others = compressors(held_out)
-    plot_run(config.folder, reference={"xz -9e": others["xz -9e"]})
-    flops = result.model.flops_per_token(config.context) * result.tokens_per_second
+    config, data = result.config, result.data
+    # Shards may come without their text: then there is nothing to compress.
+    others = compressors(data.held_out_text) if data.held_out_text is not None else {}
+    plot_run(config.folder, reference={name: others[name] for name in ("xz -9e",) if name in others})
+    flops = result.model.num_flops_per_token(config.context) * result.tokens_per_second
     peak = machine_peak(result.dtype, world)
     summary = {
         "bits_per_byte": result.bits_per_byte,
-        "held_out_bytes": len(held_out),
+        "held_out_bytes": data.held_out_bytes,
         "compressors": others,
-        "corpus": result.corpus.name,
-        "corpus_digest": result.corpus.digest,
+        "corpus": data.name,
+        "data_digest": data.digest,
+        "vocabulary": data.tokenizer.vocab_size,
         "parameters": result.model.num_parameters(),
         "dtype": str(result.dtype).removeprefix("torch."),
         "device": world.device.type,
@@ -70,20 +74,21 @@ def summarise(result: Result, world: World, wall_seconds: float) -> dict[str, An
 def as_lines(summary: dict[str, Any], config: TrainConfig) -> str:
     s = summary
     beside = ", ".join(f"{name} {value:.3f}" for name, value in s["compressors"].items())
+    beside = f" ({beside} on the same)" if beside else ""
     ranks = f" on {s['ranks']} ranks" if s["ranks"] > 1 else ""
     return "\n".join(
         [
-            f"bits per byte  {s['bits_per_byte']:.4f} on {s['held_out_bytes']:,} held-out bytes ({beside} on the same)",
-            f"model          {s['parameters']:,} parameters, {s['dtype']}",
+            f"bits per byte  {s['bits_per_byte']:.4f} on {s['held_out_bytes']:,} held-out bytes{beside}",
+            f"model          {s['parameters']:,} parameters, {s['dtype']}, a vocabulary of {s['vocabulary']:,} tokens",
             f"training       {s['steps']:,} steps, {s['tokens']:,} tokens in {format_duration(s['train_seconds'])}; "
             f"this sitting with evaluation and all {format_duration(s['wall_seconds'])}",
             f"speed          {s['tokens_per_s']:,.0f} tokens/s, {s['flops'] / 1e9:,.1f} GFLOP/s, {s['of_peak']:.1%} "
             f"of the GEMM peak measured here, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s{ranks}",
-            f"files          {config.folder / 'loss.png'}  {config.folder / 'metrics.jsonl'}  {config.checkpoint}",
+            f"files          {config.folder / 'loss.png'}  {config.folder / 'metrics.jsonl'}  {config.folder / 'checkpoints'}",
         ]
     )
 
 
 def sample(result: Result) -> str:
-    tokens = generate(result.model, PROMPT.encode(), length=300, temperature=0.8)
-    return "sample         temperature 0.8, seed 0:\n" + PROMPT + "".join(as_text(tokens))
+    text = sample_text(result.model, result.data.tokenizer, PROMPT, length=120, sampling=Sampling(temperature=0.8))
+    return "sample         temperature 0.8, seed 0:\n" + PROMPT + text

@@ -1,140 +1,286 @@
-"""The corpus, its split and its batches, against the written rules and brute force."""
+"""Batches as a function of the row, the permutation behind them, prefetching, what load_data finds; by brute force."""
 
-import hashlib
-import sys
-import sysconfig
-from pathlib import Path
+import threading
 
 import numpy as np
 import pytest
+import torch
 
-from minigpt import data
-from minigpt.data import SEPARATOR, batch, held_out_windows, load_corpus
+from minigpt.corpus import load_corpus
+from minigpt.data import (
+    Prefetcher,
+    TokenStream,
+    batch,
+    check_length,
+    held_out_windows,
+    load_data,
+    permute,
+    rank_rows,
+)
+from minigpt.shards import write_shard
+from minigpt.tokenizer import Tokenizer
 
 
-@pytest.fixture(scope="module")
-def stdlib():
-    return load_corpus("stdlib")
+def keys(seed: int, rounds: int = 8) -> np.ndarray:
+    return np.random.SeedSequence((seed, 0)).generate_state(rounds, np.uint64)
 
 
-def write(folder: Path, files: dict[str, bytes]) -> Path:
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+def numbered(*sizes: int) -> TokenStream:
+    """A token is its own position in the whole text, so a batch tells where it was read."""
+    text = np.arange(sum(sizes), dtype=np.uint32)
+    return TokenStream(np.split(text, np.cumsum(sizes)[:-1]))
+
+
+@pytest.fixture
+def words(tmp_path):
+    """A folder of sixty small texts."""
+    folder = tmp_path / "words"
+    folder.mkdir()
+    for number in range(60):
+        (folder / f"{number}.txt").write_bytes(f"text number {number}, é, some words and more words\n".encode() * 3)
     return folder
 
 
-def test_stdlib_follows_the_written_rule(stdlib):
-    root = Path(sysconfig.get_paths()["stdlib"])
-    train, held_out, empty = [], [], 0
-    for path in sorted(root.rglob("*.py"), key=lambda path: path.relative_to(root).as_posix()):
-        name = path.relative_to(root).as_posix()
-        if {"site-packages", "test", "tests", "idlelib", "lib2to3"} & set(name.split("/")[:-1]):
-            continue
-        text = path.read_bytes()
-        empty += not text
-        side = held_out if int(hashlib.sha256(name.encode()).hexdigest(), 16) % 20 == 0 else train
-        side.append(text)
-    assert stdlib.held_out_text == b"".join(held_out)
-    assert stdlib.train[stdlib.train != SEPARATOR].tobytes() == b"".join(train)
-    assert stdlib.documents + len(stdlib.skipped) == len(train) + len(held_out)
-    assert [reason for _, reason in stdlib.skipped].count("empty") == empty
-    assert 0.02 < len(stdlib.held_out_text) / stdlib.train.size < 0.12
+SIZES = [1, 2, 3, 4, 5, 7, 8, 9, 13, 15, 16, 17, 31, 97, 127, 128, 129, 255, 257, 1000, 1023, 1025, 4099, 65535, 65537]
 
 
-@pytest.mark.skipif(sys.version_info[:3] != (3, 11, 7), reason="the numbers in DESIGN.md are those of Python 3.11.7")
-def test_stdlib_has_the_documented_size(stdlib):
-    assert stdlib.documents + len(stdlib.skipped) == 601
-    assert (stdlib.train != SEPARATOR).sum() == 10_472_468 and len(stdlib.held_out_text) == 593_114
-    assert stdlib.digest.startswith("c07759d739ec")
+@pytest.mark.parametrize("size", SIZES)
+def test_permute_is_a_permutation(size):
+    for seed in range(5):
+        sent = permute(np.arange(size), size, keys(seed))
+        assert np.array_equal(np.sort(sent), np.arange(size))
 
 
-def test_every_document_follows_one_separator(tmp_path):
-    write(tmp_path, {f"{i}.txt": f"text {i} é".encode() for i in range(60)})
-    corpus = load_corpus(str(tmp_path))
-    names = sorted(f"{i}.txt" for i in range(60))
-    for tokens, side in ((corpus.train, False), (corpus.held_out, True)):
-        expected = b"".join(b"\0" + (tmp_path / n).read_bytes() for n in names if data.is_held_out(n) == side)
-        assert tokens.dtype == np.uint8 and tokens.tobytes() == expected
-    assert corpus.held_out_text == corpus.held_out.tobytes().replace(b"\0", b"")
+def test_permute_is_pointwise():
+    whole = permute(np.arange(1000), 1000, keys(1))
+    assert np.array_equal(permute(np.array([999, 5, 5, 0]), 1000, keys(1)), whole[[999, 5, 5, 0]])
+    assert permute(np.arange(0), 1000, keys(1)).size == 0
+    huge = permute(np.arange(2**40 - 100, 2**40), 2**40 + 1, keys(1))  # no list of 2^40 is made
+    assert len(set(huge.tolist())) == 100 and huge.min() >= 0 and huge.max() <= 2**40
 
 
-def test_what_is_no_text_is_reported(tmp_path):
-    text = {f"sub/{i}.txt": b"some text\n" for i in range(60)}
-    odd = {"empty.txt": b"", "image.png": b"\x89PNG\0\0", "nul.txt": b"a\0b", "latin1.txt": "é".encode("latin-1")}
-    write(tmp_path, {**text, **odd, ".git/config": b"hidden"})
-    corpus = load_corpus(str(tmp_path))
-    assert dict(corpus.skipped) == {
-        "empty.txt": "empty", "image.png": "binary", "nul.txt": "binary", "latin1.txt": "not UTF-8"
-    }  # fmt: skip
-    assert corpus.documents == 60
-    for name in odd:
-        assert name in corpus.describe()
+@pytest.mark.parametrize("size", [2, 3, 5, 8, 17, 64, 100])
+def test_permute_sends_each_index_everywhere_alike(size):
+    """Chi-square of the images of one index over 2,000 keys; 5 standard deviations are allowed, with fixed keys."""
+    trials = 2000
+    images = np.stack([permute(np.arange(size), size, keys(seed)) for seed in range(trials)])
+    for index in {0, 1, size // 2, size - 1}:
+        counts = np.bincount(images[:, index], minlength=size)
+        chi_square = ((counts - trials / size) ** 2 / (trials / size)).sum()
+        assert chi_square < (size - 1) + 5 * np.sqrt(2 * (size - 1))
 
 
-def test_digest_knows_names_bytes_and_sides(tmp_path):
-    files = {f"{i}.txt": f"text {i}".encode() for i in range(60)}
-    first = load_corpus(str(write(tmp_path / "a", files))).digest
-    assert first == load_corpus(str(write(tmp_path / "b", files))).digest
-    assert first != load_corpus(str(write(tmp_path / "c", {**files, "7.txt": b"text 8"}))).digest
-    renamed = {("z.txt" if name == "7.txt" else name): text for name, text in files.items()}
-    assert first != load_corpus(str(write(tmp_path / "d", renamed))).digest
+def test_permute_leaves_no_order_between_neighbours():
+    size = 10_007
+    sent = permute(np.arange(size), size, keys(0)).astype(float)
+    assert abs(np.corrcoef(sent[:-1], sent[1:])[0, 1]) < 5 / np.sqrt(size)
+    assert abs(np.corrcoef(sent, np.arange(size))[0, 1]) < 5 / np.sqrt(size)
+    ordered = np.diff(sent) == 1
+    assert ordered.sum() < 10, "one is expected by chance"
 
 
-def test_a_file_is_cut_after_95_percent(tmp_path):
-    text = bytes(range(65, 91)) * 40
-    path = tmp_path / "one.txt"
-    path.write_bytes(text)
-    corpus = load_corpus(str(path))
-    cut = len(text) - len(text) // 20
-    assert corpus.train.tobytes() == b"\0" + text[:cut] and corpus.held_out.tobytes() == b"\0" + text[cut:]
-    assert corpus.split == "last 5% of the file"
+@pytest.mark.parametrize("context", [1, 2, 7, 16])
+@pytest.mark.parametrize("sizes", [(101,), (40, 17, 3, 64), (1, 30), (18, 0, 18)])
+def test_an_epoch_visits_each_window_once(sizes, context):
+    stream = numbered(*sizes)
+    per_epoch = sum(max(0, size - 1) // context for size in sizes)
+    assert stream.windows(context) == per_epoch
+    ends = np.cumsum(sizes)
+    for epoch in range(3):
+        inputs, targets = batch(stream, seed=4, row=epoch * per_epoch, rows=per_epoch, context=context)
+        assert inputs.dtype == targets.dtype == np.int64 and inputs.shape == targets.shape == (per_epoch, context)
+        assert np.array_equal(targets, inputs + 1), "targets are the next tokens"
+        assert len(np.unique(targets)) == targets.size, "every target of the epoch comes once"
+        shard = np.searchsorted(ends, inputs, side="right")
+        assert (shard == np.searchsorted(ends, targets, side="right")).all(), "no window spans two shards"
+        assert (shard == shard[:, :1]).all()
 
 
-def test_too_few_files_for_the_hash_are_cut_each(tmp_path):
-    names = [name for name in (f"{i}.txt" for i in range(40)) if not data.is_held_out(name)][:3]
-    corpus = load_corpus(str(write(tmp_path, {name: name[0].encode() * 100 for name in names})))
-    assert corpus.held_out_text == b"".join(name[0].encode() * 5 for name in sorted(names))
-    assert "too few for the hash" in corpus.split
+def test_offsets_reach_every_token_over_the_epochs():
+    stream = numbered(23, 9)  # 3 windows of 7 and one spare token; 1 window and one spare
+    inputs, targets = batch(stream, seed=0, row=0, rows=4 * 40, context=7)
+    assert set(inputs.ravel()) | set(targets.ravel()) == set(range(32))
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3, 6])
-@pytest.mark.parametrize("context", [1, 7, 16])
-def test_ranks_share_the_one_process_batch(world_size, context):
-    tokens = np.random.default_rng(0).integers(256, size=101).astype(np.uint8)
+def test_rows_are_where_locate_says():
+    stream = numbered(40, 17, 3, 64)
+    per_epoch = stream.windows(5)
+    inputs, _ = batch(stream, seed=9, row=0, rows=3 * per_epoch, context=5)
+    for row in range(3 * per_epoch):
+        epoch, shard, offset = stream.locate(row, 9, 5)
+        assert epoch == row // per_epoch
+        assert np.array_equal(stream.shards[shard][offset : offset + 5], inputs[row])
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_ranks_share_the_one_process_batch(world_size):
+    stream = numbered(101, 50)
     for step in range(9):
-        place = {"seed": 3, "step": step, "global_batch": 6, "context": context}
-        whole = batch(tokens, rank=0, world_size=1, **place)
-        parts = [batch(tokens, rank=rank, world_size=world_size, **place) for rank in range(world_size)]
+        whole = batch(stream, seed=3, row=12 * step, rows=12, context=7)
+        shares = [rank_rows(12 * step, 12, rank, world_size) for rank in range(world_size)]
+        parts = [batch(stream, seed=3, row=first, rows=rows, context=7) for first, rows in shares]
         for side in (0, 1):
-            assert whole[side].shape == (6, context) and whole[side].dtype == np.int64
             assert np.array_equal(np.concatenate([part[side] for part in parts]), whole[side])
 
 
-def test_targets_are_the_next_tokens_and_an_epoch_visits_each_window_once():
-    tokens = np.arange(103).astype(np.uint8)  # a token is its own position
-    context, global_batch = 10, 5
-    first_epoch = [
-        batch(tokens, seed=1, step=step, rank=0, world_size=1, global_batch=global_batch, context=context)
-        for step in range(2)  # (103 - 1) // 10 = 10 windows
-    ]
-    inputs = np.concatenate([rows for rows, _ in first_epoch])
-    targets = np.concatenate([rows for _, rows in first_epoch])
-    assert np.array_equal(targets, inputs + 1)
-    assert len(np.unique(targets)) == targets.size == 100, "every target of the epoch comes once"
+def test_any_way_of_walking_gives_the_same_rows():
+    stream = numbered(60, 45)
+    whole = batch(stream, seed=1, row=0, rows=100, context=4)[0]
+    for sizes in ([7] * 14, [1, 2, 3, 50, 44], [33, 33, 33]):
+        starts = np.cumsum([0, *sizes[:-1]])
+        walked = [batch(stream, seed=1, row=int(a), rows=b, context=4)[0] for a, b in zip(starts, sizes, strict=True)]
+        assert np.array_equal(np.concatenate(walked), whole[: sum(sizes)])
 
 
-def test_batches_depend_on_seed_step_and_epoch_and_on_nothing_else():
-    tokens = np.random.default_rng(0).integers(256, size=2001).astype(np.uint8)
-    place = {"rank": 0, "world_size": 1, "global_batch": 4, "context": 20}
-    first = batch(tokens, seed=0, step=5, **place)[0]
-    batch(tokens, seed=9, step=77, **place)
-    np.random.seed(1)
-    data.epoch_starts.cache_clear()
-    assert np.array_equal(first, batch(tokens, seed=0, step=5, **place)[0])
-    for other in ({"seed": 1, "step": 5}, {"seed": 0, "step": 6}, {"seed": 0, "step": 5 + 25}):  # 25 steps an epoch
-        assert not np.array_equal(first, batch(tokens, **other, **place)[0])
+def test_rows_depend_on_seed_and_epoch():
+    stream = numbered(2001)
+    place = {"rows": 50, "context": 20}
+    first = batch(stream, seed=0, row=0, **place)[0]
+    assert np.array_equal(first, batch(numbered(2001), seed=0, row=0, **place)[0])
+    for other in ({"seed": 1, "row": 0}, {"seed": 0, "row": 50}, {"seed": 0, "row": 100}):  # 100 rows an epoch
+        again = batch(stream, **other, **place)[0]
+        assert not np.array_equal(first, again) and not np.array_equal(np.sort(first, 0), np.sort(again, 0))
+
+
+def test_the_rows_of_a_seed_stay_what_they_are():
+    """A run resumed with a later version of this code, of numpy or of Python must find the same list."""
+    stream = numbered(40, 17, 3, 64)
+    found = [stream.locate(row, 1234, 5) for row in (0, 1, 2, 30, 10**9)]
+    assert found == [(0, 0, 29), (0, 0, 19), (0, 0, 24), (1, 0, 27), (45454545, 1, 11)]
+
+
+def test_memory_mapped_shards_give_the_same_batches(tmp_path):
+    tokens = np.random.default_rng(0).integers(257, size=300).astype(np.uint16)
+    tokens[:50:7] = 256
+    parts = {"a_train_1.bin": tokens[:100], "a_train_2.bin": tokens[100:], "a_val_0.bin": tokens[:50]}
+    for name, part in parts.items():
+        write_shard(tmp_path / name, part)
+    data, rows = load_data(str(tmp_path), "bytes"), {"seed": 2, "row": 5, "rows": 60, "context": 8}
+    for mapped, plain in zip(batch(data.train, **rows), batch(TokenStream([*parts.values()][:2]), **rows), strict=True):
+        assert np.array_equal(mapped, plain)
+    assert not data.train.shards[0].flags.writeable and np.array_equal(data.held_out, tokens[:50])
+    assert data.held_out_bytes == (tokens[:50] != 256).sum()
+    assert data.held_out_text is None and data.documents is None
+
+
+class Counting:
+    """A `make` that knows which steps were asked for, and breaks at one of them."""
+
+    def __init__(self, breaks_at: int = -1) -> None:
+        self.steps, self.breaks_at, self.stream = [], breaks_at, numbered(500)
+
+    def __call__(self, step):
+        self.steps.append(step)
+        if step == self.breaks_at:
+            raise RuntimeError(f"step {step} broke")
+        return batch(self.stream, seed=0, row=4 * step, rows=4, context=8)
+
+
+def prefetching() -> int:
+    return sum(thread.name.startswith("prefetch") for thread in threading.enumerate())
+
+
+def test_prefetched_batches_are_the_plain_ones():
+    make = Counting()
+    with Prefetcher(make) as batches:
+        for step in [0, 1, 2, 3, 10, 9, 9, 0, 1]:  # steps in a row, a jump, back, again
+            inputs, targets = batches.next(step)
+            expected = make(step)
+            assert inputs.dtype == torch.int64 and inputs.is_contiguous() and targets.is_contiguous()
+            assert np.array_equal(inputs.numpy(), expected[0]) and np.array_equal(targets.numpy(), expected[1])
+        assert prefetching() == 1
+    assert prefetching() == 0
+
+
+def test_prefetching_runs_ahead_and_makes_each_batch_once():
+    make = Counting()
+    with Prefetcher(make, depth=2) as batches:
+        batches.next(0)
+        done = threading.Event()
+        batches._worker.submit(done.set)
+        assert done.wait(10)
+        assert make.steps == [0, 1, 2]
+        for step in range(1, 6):
+            batches.next(step)
+    assert len(set(make.steps)) == len(make.steps) and make.steps[:6] == list(range(6))
+
+
+def test_what_breaks_in_the_thread_breaks_the_caller():
+    with Prefetcher(Counting(breaks_at=2)) as batches:
+        batches.next(0), batches.next(1)
+        with pytest.raises(RuntimeError, match="step 2 broke"):
+            batches.next(2)
+        assert batches.next(3)[0].shape == (4, 8)
+    assert prefetching() == 0
+    with pytest.raises(KeyError), Prefetcher(Counting()) as batches:
+        batches.next(0)
+        raise KeyError
+    assert prefetching() == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_prefetching_to_a_gpu():
+    make = Counting()
+    with Prefetcher(make, "cuda") as batches:
+        for step in range(50):
+            inputs, targets = batches.next(step)
+            assert inputs.device.type == targets.device.type == "cuda"
+            assert np.array_equal(inputs.cpu().numpy(), make(step)[0])
+            assert np.array_equal(targets.cpu().numpy(), make(step)[1])
+
+
+@pytest.mark.parametrize("spec", ["bytes", "bpe:300"])
+def test_text_becomes_tokens_of_both_sides(words, spec):
+    data, corpus = load_data(str(words), spec), load_corpus(str(words))
+    for tokens, side in ((data.train.shards[0], corpus.train), (data.held_out, corpus.held_out)):
+        assert tokens.dtype == np.uint16
+        documents = np.split(tokens, np.flatnonzero(tokens == data.tokenizer.separator))
+        assert documents[0].size == 0, "the first token is a separator"
+        assert [data.tokenizer.decode_bytes(document[1:]) for document in documents[1:]] == [text for _, text in side]
+    assert data.held_out_text == corpus.held_out_text and data.held_out_bytes == len(corpus.held_out_text)
+    assert data.byte_lengths[data.held_out].sum() == data.held_out_bytes
+    assert data.documents == 60 and data.digest == f"{corpus.digest}+{data.tokenizer.digest}"
+    assert corpus.describe() in data.describe() and "vocabulary" in data.describe()
+
+
+def test_a_tokenizer_is_trained_on_the_training_side_only(words):
+    corpus = load_corpus(str(words))
+    expected = Tokenizer.train([text for _, text in corpus.train], 300)
+    assert load_data(str(words), "bpe:300").tokenizer.digest == expected.digest
+    for name, _ in corpus.held_out:
+        (words / name).write_bytes(b"something else, else, else, else\n" * 9)
+    assert load_data(str(words), "bpe:300").tokenizer.digest == expected.digest
+    expected.save(words.parent / "tokenizer.json")
+    assert load_data(str(words), str(words.parent / "tokenizer.json")).tokenizer.digest == expected.digest
+
+
+def shard_folder(folder, tokenizer=None, tokens=(1, 2, 3, 4, 5, 6)):
+    folder.mkdir(exist_ok=True)
+    for name in ("a_train_1.bin", "a_val_0.bin"):
+        write_shard(folder / name, np.array(tokens, np.uint16))
+    if tokenizer is not None:
+        tokenizer.save(folder / "tokenizer.json")
+    return str(folder)
+
+
+def test_shards_ask_for_their_own_tokenizer(tmp_path, words):
+    own = Tokenizer.train([b"some words of words"], 260)
+    folder, bare = shard_folder(tmp_path / "own", own), shard_folder(tmp_path / "bare")
+    assert load_data(folder).tokenizer.digest == own.digest
+    assert load_data(folder, folder + "/tokenizer.json").tokenizer.digest == own.digest
+    assert load_data(bare, "bytes").tokenizer.vocab_size == 257
+    assert load_data(bare, folder + "/tokenizer.json").tokenizer.digest == own.digest
+    for where, spec, message in [
+        (folder, "bytes", "'bytes' has digest .*, but the shards in .* were made with"),
+        (folder, "bpe:300", "came with another one; expected auto or a path"),
+        (bare, "auto", "came without one; expected bytes or a path"),
+        (bare, "bpe:300", "came without one"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_data(where, spec)
+    with pytest.raises(ValueError, match="token 300 at position 2: expected ids below the vocabulary size 257"):
+        load_data(shard_folder(tmp_path / "large", tokens=(1, 2, 300)), "bytes")
 
 
 @pytest.mark.parametrize("size", [2, 3, 9, 16, 17, 18, 64, 101])
@@ -149,27 +295,35 @@ def test_held_out_windows_predict_each_token_once_with_enough_context(size, cont
     assert predicted == list(range(1, size))
 
 
-@pytest.mark.parametrize(
-    ("files", "message"),
-    [({}, "no files at all"), ({"a.bin": b"\0\1"}, r"a.bin \(binary\)"), ({"e.txt": b""}, r"e.txt \(empty\)")],
-)
-def test_a_folder_without_text_is_refused(tmp_path, files, message):
-    with pytest.raises(ValueError, match=f"holds no text: expected at least one UTF-8 file, found {message}"):
-        load_corpus(str(write(tmp_path, files)))
-
-
-def test_bad_requests_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="nowhere' does not exist: expected 'stdlib' or the path"):
-        load_corpus(str(tmp_path / "nowhere"))
-    tokens = np.zeros(10, np.uint8)
-    place = {"seed": 0, "step": 0, "rank": 0}
+def test_bad_requests_are_refused(tmp_path, words):
     with pytest.raises(ValueError, match="batch 5 is not divisible by world size 2"):
-        batch(tokens, world_size=2, global_batch=5, context=4, **place)
-    with pytest.raises(ValueError, match="10 tokens: expected at least 11"):
-        batch(tokens, world_size=1, global_batch=1, context=10, **place)
-    batch(tokens, world_size=1, global_batch=1, context=9, **place)
+        rank_rows(0, 5, 0, 2)
+    check_length(numbered(10), 9)
+    for stream, found in (
+        (numbered(10), "10 tokens: expected at least 11"),
+        (numbered(9, 3), "9 tokens in its longest shard"),
+    ):
+        with pytest.raises(ValueError, match=found):
+            batch(stream, seed=0, row=0, rows=1, context=10)
+    for row, rows in ((-1, 1), (0, 0)):
+        with pytest.raises(ValueError, match=f"{rows} rows from row {row}"):
+            batch(numbered(10), seed=0, row=row, rows=rows, context=4)
+    with pytest.raises(ValueError, match=r"int64 \(3,\): expected a row of unsigned tokens"):
+        TokenStream([np.arange(3)])
     for stride in (0, 5):
         with pytest.raises(ValueError, match=f"stride {stride}: expected 1 to the context, 4"):
             held_out_windows(10, 4, stride)
     with pytest.raises(ValueError, match="1 tokens: expected at least 2"):
         held_out_windows(1, 4, 4)
+    for corpus, tokenizer, message in [
+        (tmp_path / "nowhere", "auto", "nowhere' does not exist: expected 'stdlib'"),
+        ("fineweb10B:x", "auto", "expected fineweb10B:N"),
+        ("fineweb10B", "auto", "expected fineweb10B:N"),
+        ("fineweb10B:104", "auto", "expected 1 to 103 training shards"),
+        ("hf:name", "auto", "expected hf:owner/name"),
+        (words, "bpe:many", "expected bpe:N"),
+        (words, "bpe:256", "above 256"),
+        (words, "nowhere.json", "'nowhere.json' does not exist: expected auto, bytes, bpe:N or the path"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            load_data(str(corpus), tokenizer, root=tmp_path)

@@ -7,11 +7,14 @@ import pytest
 import torch
 
 from minigpt.config import GPTConfig
-from minigpt.data import SEPARATOR, held_out_windows, join_documents
+from minigpt.data import held_out_windows
 from minigpt.evaluate import bits_per_byte, score, spread, to_bits_per_byte
 from minigpt.model import GPT
 
-CONFIG = GPTConfig(vocab_size=256, context=8, layers=1, width=16, heads=2, kv_heads=2, mlp_width=16)
+LENGTHS = np.random.default_rng(3).integers(1, 6, 100)  # bytes of each token
+SEPARATOR = 99
+LENGTHS[SEPARATOR] = 0
+CONFIG = GPTConfig(vocab_size=100, context=8, layers=1, width=16, heads=2, kv_heads=2, mlp_width=16)
 
 
 @pytest.fixture(scope="module")
@@ -36,15 +39,20 @@ def brute_force(model, tokens: np.ndarray, context: int, stride: int) -> float:
         seen = text[end - length : target]
         with torch.no_grad():
             nats -= model(seen[None])[0, -1].log_softmax(dim=0)[text[target]].item()
-    return nats / math.log(2) / int((tokens[1:] != SEPARATOR).sum())
+    return nats / math.log(2) / sum(int(LENGTHS[token]) for token in tokens[1:])
+
+
+def documents(*sizes: int) -> np.ndarray:
+    generator = np.random.default_rng(0)
+    parts = [np.r_[SEPARATOR, generator.integers(0, SEPARATOR, size)] for size in sizes]
+    return np.concatenate(parts).astype(np.uint16)
 
 
 @pytest.mark.parametrize("sizes", [(30, 1, 25), (5,), (8,), (9,), (1,)], ids=str)
 @pytest.mark.parametrize("stride", [1, 3, 8])
 def test_equals_the_brute_force_sum(model, sizes, stride):
-    generator = np.random.default_rng(0)
-    tokens = join_documents(generator.integers(1, 256, size).astype(np.uint8).tobytes() for size in sizes)
-    ours = bits_per_byte(model, tokens, context=8, stride=stride, rows=3)
+    tokens = documents(*sizes)
+    ours = bits_per_byte(model, tokens, LENGTHS, context=8, stride=stride, rows=3)
     assert abs(ours - brute_force(model, tokens, 8, stride)) <= 1e-10
 
 
@@ -52,16 +60,17 @@ def test_a_model_that_knows_nothing_needs_eight_bits_and_the_separators():
     def uniform(tokens_BT):
         return torch.zeros(*tokens_BT.shape, 256)
 
-    tokens = join_documents([b"abc", b"defgh"])  # 8 bytes, and the separator between them
-    assert bits_per_byte(uniform, tokens, context=4, stride=4) == pytest.approx(8 * 9 / 8, rel=1e-6)
+    tokens = np.frombuffer(b"\0abc\0defgh", dtype=np.uint8)  # 8 bytes, and the separator between them
+    lengths = np.r_[0, np.ones(255, dtype=np.int64)]
+    assert bits_per_byte(uniform, tokens, lengths, context=4, stride=4) == pytest.approx(8 * 9 / 8, rel=1e-6)
 
 
 def test_shares_of_the_windows_add_up(model):
-    tokens = join_documents([bytes(np.random.default_rng(1).integers(1, 256, 100).astype(np.uint8))])
+    tokens = documents(100)
     windows = held_out_windows(tokens.size, 8, 4)
     place = {"rows": 4, "device": torch.device("cpu"), "dtype": torch.float32}
-    parts = [score(model, tokens, windows[rank::3], **place) for rank in range(3)]
-    assert to_bits_per_byte(sum(parts)) == pytest.approx(bits_per_byte(model, tokens, context=8, stride=4), abs=1e-12)
+    parts = [score(model, tokens, LENGTHS, windows[rank::3], **place) for rank in range(3)]
+    assert to_bits_per_byte(sum(parts)) == pytest.approx(bits_per_byte(model, tokens, LENGTHS, context=8, stride=4), abs=1e-12)
 
 
 def test_spread_touches_the_whole_text():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt.config import GPTConfig
-from minigpt.model import GPT, MLP, causal_attention, rotary_tables, rotate
+from minigpt.model import GPT, MLP, causal_attention, rotary_speeds, rotary_tables, rotate
 
 SMALL = {"vocab_size": 17, "context": 10, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 12}
 
@@ -23,8 +23,19 @@ def random_gpt(**changes) -> GPT:
     return model
 
 
+def seen_by(model: GPT, tokens: torch.Tensor, **options) -> torch.Tensor:
+    """(T, T): whether the logits at t change when the token at s does, by trying."""
+    T = tokens.shape[1]
+    whole, rows = model(tokens, **options), []
+    for s in range(T):
+        changed = tokens.clone()
+        changed[:, s] = (changed[:, s] + 1) % 11
+        rows.append((model(changed, **options) - whole).abs().amax(dim=(0, 2)) > 1e-9)
+    return torch.stack(rows, dim=1)
+
+
 def spelled_out_attention(q_BHTK, k_BGTK, v_BGTK):
-    """Key and value heads repeated, scores masked, softmax, all by hand."""
+    """Key and value heads repeated, scores masked, softmax, all by hand; plain causal needs three arguments."""
     repeats, T = q_BHTK.shape[1] // k_BGTK.shape[1], q_BHTK.shape[2]
     k_BHTK, v_BHTK = (x.repeat_interleave(repeats, dim=1) for x in (k_BGTK, v_BGTK))
     scores_BHTS = q_BHTK @ k_BHTK.transpose(2, 3) / math.sqrt(q_BHTK.shape[-1])
@@ -41,7 +52,8 @@ def assert_close(ours, theirs, tolerance=1e-12):
 @pytest.mark.parametrize("width", [2, 6, 64])
 def test_rotary_turns_complex_numbers(width):
     x_BHTK = torch.randn(2, 3, 11, width, dtype=torch.float64)
-    ours = rotate(x_BHTK, *rotary_tables(11, width, 100.0))
+    config = GPTConfig(context=11, width=2 * width, heads=2, kv_heads=2, rope_base=100.0)
+    ours = rotate(x_BHTK, *rotary_tables(config))
     half = width // 2
     z = torch.complex(x_BHTK[..., :half], x_BHTK[..., half:])
     rows = [[t * 100.0 ** (-2 * i / width) for i in range(half)] for t in range(11)]
@@ -52,7 +64,8 @@ def test_rotary_turns_complex_numbers(width):
 
 def test_rotary_scores_depend_on_the_distance_only():
     q, k = torch.randn(2, 8, dtype=torch.float64)
-    turned_q, turned_k = (rotate(x.expand(1, 1, 20, 8), *rotary_tables(20, 8, 10_000.0))[0, 0] for x in (q, k))
+    tables = rotary_tables(GPTConfig(context=20, width=32, heads=4))
+    turned_q, turned_k = (rotate(x.expand(1, 1, 20, 8), *tables)[0, 0] for x in (q, k))
     scores = turned_q @ turned_k.T
     for distance in range(20):
         diagonal = scores.diagonal(-distance)
@@ -120,6 +133,76 @@ def test_no_token_sees_the_future(changes):
         assert_close(model(tokens[:, :T]), whole[:, :T])
 
 
+@pytest.mark.parametrize("window", [1, 2, 4, 10])
+def test_a_sliding_layer_sees_its_window(window):
+    seen = seen_by(random_gpt(window=window, layers=1), torch.randint(11, (2, 10)))
+    t, s = torch.meshgrid(torch.arange(10), torch.arange(10), indexing="ij")
+    assert torch.equal(seen, (s <= t) & (s > t - window))
+
+
+def test_a_long_layer_sees_everything_before():
+    seen = seen_by(random_gpt(window=2, window_pattern="SL"), torch.randint(11, (2, 10)))
+    assert torch.equal(seen, torch.ones(10, 10).tril().bool())
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 3}], ids=str)
+def test_documents_do_not_see_each_other(changes):
+    model = random_gpt(**changes)
+    tokens = torch.randint(11, (2, 10))
+    tokens[:, 4] = 16
+    together = model(tokens, separator=16)
+    if not changes:  # positions count on, but scores depend on distances only: each document is as if alone
+        assert_close(together[:, 4:], model(tokens[:, 4:]), 1e-10)
+    assert_close(together[:, :4], model(tokens[:, :4]))
+    assert (together - model(tokens))[:, 4:].abs().max() > 1e-3
+
+
+def test_llama_3_scaling_by_its_definition():
+    """The formula of the Llama 3.1 release, written out pair by pair: wavelength against the original context."""
+    config = GPTConfig(
+        context=8, width=128, heads=2, kv_heads=2, rope_base=500.0, rope_factor=8.0, rope_original=64, rope_high=4.0
+    )
+    wanted, kinds = [], set()
+    for i in range(32):
+        speed = 500.0 ** (-2 * i / 64)
+        wavelength = 2 * math.pi / speed
+        if wavelength < 64 / 4.0:
+            kinds.add("kept")
+        elif wavelength > 64 / 1.0:
+            speed, _ = speed / 8.0, kinds.add("slowed")
+        else:
+            smooth = (64 / wavelength - 1.0) / (4.0 - 1.0)
+            speed, _ = (1 - smooth) * speed / 8.0 + smooth * speed, kinds.add("between")
+        wanted.append(speed)
+    assert kinds == {"kept", "slowed", "between"}
+    assert_close(rotary_speeds(config), torch.tensor(wanted, dtype=torch.float64), 1e-14)
+
+
+def test_z_loss_is_the_mean_square_of_log_z():
+    model, tokens = random_gpt(softcap=0.0), torch.randint(17, (2, 10))
+    log_z = model(tokens).exp().sum(-1).log()
+    assert_close(model(tokens, tokens, z_loss=0.1) - model(tokens, tokens), 0.1 * log_z.square().mean())
+
+
+def test_value_embeddings_stand_in_every_second_layer_and_start_at_zero():
+    model = GPT(GPTConfig(**SMALL, value_embeddings=True))
+    assert [hasattr(block.attention, "value_embedding") for block in model.blocks] == [False, True]
+    assert not model.blocks[1].attention.value_embedding.weight.any()
+
+
+def test_norm_cls_is_an_argument():
+    class Twice(nn.RMSNorm):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    plain, twice = GPT(GPTConfig(**SMALL)), GPT(GPTConfig(**SMALL), norm_cls=Twice)
+    assert (
+        sum(isinstance(m, Twice) for m in twice.modules())
+        == 2 * 4 + 1
+        == sum(isinstance(m, nn.RMSNorm) for m in plain.modules())
+    )
+
+
 def test_the_soft_cap_caps():
     capped, free = random_gpt(softcap=2.0), random_gpt(softcap=0.0)
     tokens = torch.randint(17, (2, 10))
@@ -143,14 +226,33 @@ def test_initialisation(tied):
 
 
 def count_by_hand(c: GPTConfig) -> int:
-    K = c.width // c.heads
-    attention = 2 * c.width * c.width + 2 * c.width * c.kv_heads * K + (2 * K if c.qk_norm else 0)
+    K = c.head_width or c.width // c.heads
+    inner, kv = c.heads * K, c.kv_heads * K
+    attention = 2 * c.width * inner + 2 * c.width * kv + (2 * K if c.qk_norm else 0)
+    attention += (inner + 2 * kv if c.qkv_bias else 0) + (c.width if c.output_bias else 0)
     mlp = (3 if c.mlp == "swiglu" else 2) * c.width * c.mlp_width
+    mlp += ((2 if c.mlp == "swiglu" else 1) * c.mlp_width + c.width) if c.mlp_bias else 0
+    norm = c.width * (2 if c.norm == "layernorm" else 1)
     embeddings = (1 if c.tied else 2) * c.vocab_size * c.width
-    return embeddings + c.layers * (attention + mlp + 2 * c.width) + c.width
+    embeddings += c.context * c.width if c.positions == "learned" else 0
+    embeddings += (c.layers + 1) // 2 * c.vocab_size * kv if c.value_embeddings else 0
+    return embeddings + c.layers * (attention + mlp + 2 * norm) + norm
 
 
-VARIANTS = [{}, {"tied": True}, {"mlp": "swiglu"}, {"kv_heads": 4}, {"qk_norm": False, "kv_heads": 1, "layers": 3}]
+GPT2 = {
+    "positions": "learned", "norm": "layernorm", "mlp": "gelu_tanh", "qk_norm": False, "softcap": 0.0, "tied": True,
+    "qkv_bias": True, "output_bias": True, "mlp_bias": True, "kv_heads": 4,
+}  # fmt: skip
+VARIANTS = [
+    {},
+    {"tied": True},
+    {"mlp": "swiglu"},
+    {"kv_heads": 4},
+    {"qk_norm": False, "kv_heads": 1, "layers": 3},
+    {"head_width": 10, "mlp": "swiglu", "mlp_bias": True},
+    {"value_embeddings": True, "layers": 3},
+    GPT2,
+]
 
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
@@ -161,14 +263,14 @@ def test_num_parameters(changes):
 
 @pytest.mark.parametrize("changes", VARIANTS, ids=str)
 @pytest.mark.parametrize("T", [10, 7])
-def test_flops_per_token_equals_counting(changes, T):
+def test_num_flops_per_token_equals_counting(changes, T):
     model = GPT(random_gpt(**changes).config, attention_fn=spelled_out_attention)
     tokens = torch.randint(17, (3, T))
     counter = FlopCounterMode(display=False)
     with counter:
         model(tokens, tokens).backward()
-    assert counter.get_total_flops() == model.flops_per_token(T) * 3 * T
-    assert model.flops_per_token() == model.flops_per_token(10)
+    assert counter.get_total_flops() == model.num_flops_per_token(T) * 3 * T
+    assert model.num_flops_per_token() == model.num_flops_per_token(10)
 
 
 def test_autocast_matches_float32_roughly_and_the_loss_is_float32():
@@ -188,7 +290,14 @@ def test_autocast_matches_float32_roughly_and_the_loss_is_float32():
         ({"width": 18}, "width 18 over 4 heads: expected an even whole head width"),
         ({"width": 12}, "width 12 over 4 heads: expected an even whole head width"),
         ({"kv_heads": 3}, "kv_heads 3: expected a divisor of heads, 4"),
-        ({"mlp": "gelu"}, "mlp 'gelu': expected 'swiglu' or 'relu2'"),
+        ({"mlp": "tanh"}, "mlp 'tanh': expected 'swiglu' or 'relu2' or 'gelu' or 'gelu_tanh'"),
+        ({"norm": "batchnorm"}, "norm 'batchnorm': expected 'rmsnorm' or 'layernorm'"),
+        ({"positions": "alibi"}, "positions 'alibi': expected 'rotary' or 'learned'"),
+        ({"head_width": 5}, "head_width 5: expected an even number, or 0"),
+        ({"rope_factor": 0.5}, "rope_factor 0.5: expected 1 "),
+        ({"rope_high": 1.0}, "rope_high 1.0: expected more than rope_low, 1.0"),
+        ({"window": -1}, "window -1: expected a positive number"),
+        ({"window_pattern": "SX"}, "window_pattern 'SX': expected letters S and L"),
         ({"softcap": -1.0}, "softcap -1.0: expected a positive number, or 0"),
         ({"softcap": math.nan}, "softcap nan: expected"),
         ({"rope_base": 0.0}, "rope_base 0.0: expected a positive number"),

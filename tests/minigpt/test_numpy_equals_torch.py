@@ -21,7 +21,18 @@ CONFIGS = {
     "low soft-cap": {"softcap": 0.7},
     "one head, one layer": {"heads": 1, "kv_heads": 1, "layers": 1},
     "other rope base": {"rope_base": 100.0},
-}
+    "rope scaling": {"rope_base": 50.0, "rope_factor": 8.0, "rope_original": 24, "rope_low": 0.5, "rope_high": 2.0},
+    "heads wider than width / heads": {"head_width": 10, "kv_heads": 2},
+    "learned positions": {"positions": "learned"},
+    "layer norm, biases, gelu, tied": {
+        "norm": "layernorm", "mlp": "gelu_tanh", "qkv_bias": True, "output_bias": True, "mlp_bias": True, "tied": True,
+        "positions": "learned", "qk_norm": False, "softcap": 0.0,
+    },
+    "exact gelu": {"mlp": "gelu"},
+    "qkv bias only, swiglu with bias": {"qkv_bias": True, "mlp": "swiglu", "mlp_bias": True},
+    "sliding window in every other layer": {"window": 3, "window_pattern": "SL"},
+    "value embeddings": {"value_embeddings": True, "kv_heads": 2, "layers": 3},
+}  # fmt: skip
 
 
 def both(changes: dict, seed: int = 0):
@@ -85,6 +96,40 @@ def test_one_seed_gives_both_the_same_weights():
     assert not np.array_equal(
         ours["embedding.weight"], model_numpy.GPT(config, seed=8).state_dict()["embedding.weight"]
     )
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 3}, {"kv_heads": 1, "positions": "learned"}], ids=str)
+def test_separators_and_z_loss_alike(changes):
+    ours, theirs = both(changes)
+    inputs, targets = text((3, 12))
+    inputs[:, 4], inputs[1, 5] = 7, 7
+    options = {"separator": 7, "z_loss": 0.3}
+    loss = ours(inputs, targets, **options)
+    loss_torch = theirs(torch.from_numpy(inputs), torch.from_numpy(targets), **options)
+    assert_close(loss.data, loss_torch, "loss")
+    loss.backward()
+    loss_torch.backward()
+    gradients = dict(theirs.named_parameters())
+    for name, p in ours.named_parameters():
+        assert_close(p.grad.data, gradients[name].grad, name)
+
+
+def test_activation_checkpointing_changes_no_gradient_in_either():
+    ours, theirs = both({"window": 3})
+    inputs, targets = text((2, 12))
+    for model_ in (ours, theirs):
+        model_.activation_checkpointing = True
+    loss, loss_torch = ours(inputs, targets), theirs(torch.from_numpy(inputs), torch.from_numpy(targets))
+    loss.backward()
+    loss_torch.backward()
+    plain, plain_torch = both({"window": 3})
+    plain(inputs, targets).backward()
+    plain_torch(torch.from_numpy(inputs), torch.from_numpy(targets)).backward()
+    wanted, wanted_torch = dict(plain.named_parameters()), dict(plain_torch.named_parameters())
+    for name, p in ours.named_parameters():
+        assert np.array_equal(p.grad.data, wanted[name].grad.data), name
+    for name, p in theirs.named_parameters():
+        assert torch.equal(p.grad, wanted_torch[name].grad), name
 
 
 def test_gradients_accumulate_alike():

@@ -58,7 +58,7 @@ def test_two_ranks_are_one_process(alone, tmp_path, corpus):
         assert one.keys() == other.keys()
         for name, value in other.items():
             assert one[name] == pytest.approx(value, rel=1e-3 if name == "grad_norm" else 1e-4), (other["step"], name)
-    weights, expected = (load_checkpoint(each / "checkpoint.pt")["model"] for each in (folder, alone[0]))
+    weights, expected = (load_checkpoint(each)[0].tensors("model") for each in (folder, alone[0]))
     for name, value in expected.items():
         error = (weights[name] - value).abs().max().item()
         assert error <= 5e-3, f"{name}: {error}"
@@ -75,11 +75,11 @@ def test_sigkill_then_resume_ends_like_the_undisturbed_run(alone, tmp_path, corp
     folder = tmp_path / "killed"
     code, *_ = send_after(start("speedrun.train", *flags(folder, corpus)), folder, 12, signal.SIGKILL)
     assert code == -signal.SIGKILL
-    assert 10 <= load_checkpoint(folder / "checkpoint.pt")["step"] < PRESETS["smoke"].steps
+    assert 10 <= load_checkpoint(folder)[0].state["step"] < PRESETS["smoke"].steps
     code, out, err = run("speedrun.train", "--folder", folder, "--resume")
     assert code == 0, err
     assert (folder / "metrics.jsonl").read_bytes() == (alone[0] / "metrics.jsonl").read_bytes()
-    sides = [load_checkpoint(each / "checkpoint.pt")["model"] for each in (folder, alone[0])]
+    sides = [load_checkpoint(each)[0].tensors("model") for each in (folder, alone[0])]
     assert all(torch.equal(sides[0][name], value) for name, value in sides[1].items())
     first_line = alone[1].partition("bits per byte ")[2].splitlines()[0]
     assert f"bits per byte {first_line}" in out
@@ -94,15 +94,15 @@ def test_the_summary_says_what_was_reached(alone, corpus):
     assert f"{reached:.4f} on {len(held_out):,} held-out bytes (xz -9e {xz:.3f}" in out
     for part in ("tokens/s", "GFLOP/s", "of the GEMM peak measured here", "def "):
         assert part in out
-    for name in ("loss.png", "metrics.jsonl", "checkpoint.pt"):
+    for name in ("loss.png", "metrics.jsonl", "checkpoints"):
         assert f"{folder / name}" in out and (folder / name).exists()
 
 
 def test_a_second_run_into_the_same_folder_is_refused(alone, corpus):
-    before = {path: path.read_bytes() for path in alone[0].iterdir()}
+    before = {path: path.read_bytes() for path in alone[0].rglob("*") if path.is_file()}
     code, out, err = run("speedrun.train", *flags(alone[0], corpus))
     assert (code, out) == (2, "") and err.count("\n") == 1 and "already holds a run" in err
-    assert before == {path: path.read_bytes() for path in alone[0].iterdir()}
+    assert before == {path: path.read_bytes() for path in alone[0].rglob("*") if path.is_file()}
 
 
 def test_compressors_are_computed():
@@ -133,7 +133,7 @@ def test_average_is_the_mean_over_ranks():
 )
 def test_the_preset_fits_the_hardware(cuda, several, name):
     assert choose_preset(cuda, several) == name
-    GPT(PRESETS[name].model_config())
+    GPT(PRESETS[name].model_config(512))
 
 
 def test_a_finished_run_is_filed_under_results(alone, tmp_path):
