@@ -23,13 +23,12 @@ test: native
 
 # A run that was killed goes on, a finished one only says again what it reached; ARGS="--folder runs/second" starts another.
 speedrun: native
-	$(RUN) -m speedrun.train $(or $(ARGS),$(if $(wildcard runs/speedrun/checkpoint.pt),--resume))
+	$(RUN) -m speedrun.train $(or $(ARGS),$(if $(wildcard runs/speedrun/checkpoints/step_*),--resume))
 
 # Without a C++ compiler the Python versions do the work; with one, a build that fails is an error. One build folder for
 # each kind of interpreter; configured once, after that CMake itself sees what has changed.
 native: $(READY)
-	@set -euo pipefail; \
-	if ! command -v "$${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then \
+	@if ! command -v "$${CXX:-c++}" >/dev/null && ! command -v g++ >/dev/null && ! command -v clang++ >/dev/null; then \
 	  echo "make native: no C++ compiler found, the pure-Python versions will be used"; exit 0; \
 	fi; \
 	python="$$($(RUN) -c 'import sys; print(sys.executable)')"; \
@@ -43,13 +42,19 @@ native: $(READY)
 	fi; \
 	cmake --build "$$folder" --parallel
 
-bench: $(READY)
+bench: native
 	$(RUN) -m common.timing --device cpu --out $(OUT)
 	$(RUN) -m autograd.bench --out $(OUT)
+	$(RUN) -m minigpt.bench_tokenizer --out $(OUT)
+	$(RUN) -m minigpt.bench --device cpu --out $(OUT)
+	$(RUN) -m minigpt.twins --out $(OUT)
+	rm -rf build/scaling
+	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)
 
 gpu: native
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m common.timing --device cuda --out $(OUT)
+	$(RUN) -m minigpt.bench --device cuda --out $(OUT)
 	rm -rf build/speedrun
 	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)

@@ -183,13 +183,19 @@ class RunLog:
             return self
         self.folder.mkdir(parents=True, exist_ok=True)
         about = {"config": self.config, "versions": versions(), "platform": platform.platform()}
-        about |= {"git": git_state(), "command": command(), "start_step": self.start_step}
+        sitting = {"git": git_state(), "command": command(), "start_step": self.start_step}
+        about["sittings"] = [*(self._earlier_sittings() if self.start_step else []), sitting]
         for name in ("metrics", "timing"):
             _cut(self.folder / f"{name}.jsonl", self.start_step)
         atomic_write(self.folder / "config.json", json.dumps(jsonable(about), indent=2, allow_nan=False) + "\n")
         for name in ("metrics", "timing"):
             self._files[name] = open(self.folder / f"{name}.jsonl", "ab")  # closed in __exit__
         return self
+
+    def _earlier_sittings(self) -> list[dict[str, Any]]:
+        """Of a resumed run: by which commands and commits it got where it is."""
+        path = self.folder / "config.json"
+        return json.loads(path.read_text()).get("sittings", []) if path.exists() else []
 
     def __exit__(self, *_: object) -> None:
         self._line.close()

@@ -53,13 +53,14 @@ def curve(
 ) -> Path:
     """Lines of `series` {label: (x, y)}, both of shape (N,), and a dotted horizontal line for each `reference`.
 
-    `points` of a series' label are markers in its colour, such as what was measured beside what was fitted; a label that
-    has points only gets markers alone. NaN and inf in y leave a gap. Raises ValueError for no series, for x and y of different length, for a series without
-    a finite point, and with `log_y` for values that are not positive.
+    `points` {label: (x, y)} are markers in the colour of the series of that label, or in one of their own: what was
+    measured beside what was fitted. NaN and inf in y leave a gap. Raises ValueError for no series, for x and y of
+    different length, for a series without a finite point, and with `log_y` for values that are not positive.
     """
     lines = {label: _line(label, x, y) for label, (x, y) in series.items()}
     markers = {label: _line(label, x, y) for label, (x, y) in (points or {}).items()}
-    heights = [y for _, y in [*lines.values(), *markers.values()]] + [np.array([height]) for height in (reference or {}).values()]
+    heights = [y for _, y in (*lines.values(), *markers.values())]
+    heights += [np.array([height]) for height in (reference or {}).values()]
     if not lines:
         raise ValueError("series is empty: expected {label: (x, y)}")
     if log_y and any((y[np.isfinite(y)] <= 0).any() for y in heights):

@@ -34,7 +34,7 @@ GPT2_124M = GPTConfig(
     vocab_size=50304, context=1024, layers=12, width=768, heads=12, kv_heads=12, mlp_width=3072, **GPT2_KIND
 )
 SAMPLED = GPTConfig(vocab_size=512, context=256, layers=4, width=128, heads=4, kv_heads=4, mlp_width=512, **GPT2_KIND)
-H100_BF16 = 989.4e12  # FLOP/s dense, NVIDIA's data sheet of the SXM card
+HOPPER_BF16 = 989.4e12  # FLOP/s dense, NVIDIA's data sheets of the H100 SXM and the H200
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,8 @@ def random_gpt(config: GPTConfig) -> GPT:
 
 
 def training_step(model: nn.Module, forward: Callable, rows: tuple[Tensor, Tensor], dtype: torch.dtype) -> Callable:
-    """A function that makes one step and returns the loss before it; at a rate so small that the loss stays put."""
+    """A function that makes one step and returns the loss before it and the norm of its gradient, which a check can
+    compare; at a learning rate so small that both stay put."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-9, fused=True)
     device = rows[0].device.type
 
@@ -131,10 +132,10 @@ def training_step(model: nn.Module, forward: Callable, rows: tuple[Tensor, Tenso
         with torch.autocast(device, dtype, enabled=dtype != torch.float32):
             loss = forward(*rows)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return torch.stack([loss.detach(), norm])
 
     return step
 
@@ -161,12 +162,13 @@ def bench_training(config: BenchConfig, device: str) -> list[dict[str, Any]]:
     peak = timing.gemm_peak(str(dtype).removeprefix("torch."), device)
     flops, tokens = ours.num_flops_per_token(), batch * shape.context
     baseline = samples["plain torch"].median
+    hopper = on_gpu and any(name in torch.cuda.get_device_name() for name in ("H100", "H200"))
     return [
         {
             "case": name, "dtype": str(dtype).removeprefix("torch."), "tokens": tokens, "step_ms": 1e3 * taken.median,
             "tokens_per_s": tokens / taken.median, "beside_plain": baseline / taken.median, "gemm_peak_flops": peak,
             "of_peak": flops * tokens / taken.median / peak, "parameters": ours.num_parameters(), "samples": taken,
-            **({"mfu_of_data_sheet": flops * tokens / taken.median / H100_BF16} if on_gpu else {}),
+            **({"mfu_of_data_sheet": flops * tokens / taken.median / HOPPER_BF16} if hopper else {}),
         }
         for name, taken in samples.items()
     ]  # fmt: skip

@@ -65,9 +65,8 @@ class Trainer:
             for w in self.where.pop(pair):  # only these words can change
                 new |= self._merge_word(w, pair, product)
             del self.pair_counts[pair]
-            for changed in new - {
-                pair
-            }:  # a pair that holds the product is new; no other pair can have become more frequent
+            # A pair that holds the product is new; no other pair can have become more frequent.
+            for changed in new - {pair}:
                 if self.pair_counts[changed] > 0:
                     heapq.heappush(self.heap, (-self.pair_counts[changed], changed))
         return done

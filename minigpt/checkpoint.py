@@ -5,8 +5,8 @@
                                                                               state.json
 
 state.json holds all that is no tensor, and the SHA-256 of the other files and of itself. The folder gets its name when
-everything in it is on the disk, so a kill leaves the old checkpoints or one more. Reading takes the newest whole one and
-says which newer ones were broken. Refused: a run without a whole checkpoint, another architecture.
+everything in it is on the disk, so a kill leaves the old checkpoints or one more. Reading takes the newest whole one
+and says which newer ones were broken. Refused: a run without a whole checkpoint, another architecture.
 """
 
 import hashlib
@@ -37,9 +37,14 @@ class Checkpoint:
     state: Mapping[str, Any]
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """Those saved under that name, on the CPU; empty when there were none."""
+        """Those saved under that name, on the CPU; empty when there were none. Raises ValueError when the file has
+        gone since, which a run that goes on may do to its old checkpoints."""
         file = self.path / f"{name}.safetensors"
-        return safetensors.torch.load_file(file) if file.exists() else {}
+        if file.name not in self.state["files"]:
+            return {}
+        if not file.exists():
+            raise ValueError(f"{file} is gone: the run has written newer checkpoints meanwhile, try again")
+        return safetensors.torch.load_file(file)
 
 
 def save_checkpoint(
@@ -59,10 +64,13 @@ def save_checkpoint(
     for file in (*partial.iterdir(), partial):
         _to_disk(file)
     if path.exists():  # a broken one that was skipped when the run went on from an older one
-        shutil.rmtree(path)
+        os.replace(path, path.with_name(f".{path.name}.old.partial"))
     os.replace(partial, path)
     _to_disk(path.parent)
-    for old in checkpoint_folders(run)[keep:]:
+    folders = checkpoint_folders(run)
+    later = [folder for folder in folders if folder.name > path.name]  # broken, or the run would have gone on there
+    kept = [folder for folder in folders if folder not in later][:keep]
+    for old in {*folders, *path.parent.glob(".step_*.partial")} - {*kept}:
         shutil.rmtree(old)
     return path
 

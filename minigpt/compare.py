@@ -1,7 +1,7 @@
 """Draws runs together: `python -m minigpt.compare runs/first runs/second [--out compare.png]`.
 
-Smoothed bits per byte of the training batches, and what held-out text showed, over steps, tokens or seconds. Refused: a
-folder without metrics.jsonl, fewer than one run, an axis that a run did not log.
+Of one run, bits per byte of its training batches, smoothed, and what held-out text showed; of several, the latter only.
+Over steps, tokens or seconds. Refused: a folder without the metrics of a run of ours.
 """
 
 import argparse
@@ -13,6 +13,8 @@ from pathlib import Path
 from common import cli, plots
 from common.log import read_jsonl
 
+PICTURE = "loss.png"
+COLUMNS = ("step", "loss", "train_bits_per_byte")
 AXES = ("step", "tokens", "seconds")
 LOOKS = (("held-out text, a few windows", "held_out_look"), ("all of it", "held_out_bits_per_byte"))
 
@@ -24,6 +26,8 @@ def read_run(folder: Path) -> tuple[list[dict], dict, list[dict]]:
     rows = read_jsonl(folder / "metrics.jsonl")
     if not rows:
         raise ValueError(f"{folder}: metrics.jsonl is empty: expected a run of at least one step")
+    if missing := [name for name in COLUMNS if name not in rows[0]]:
+        raise ValueError(f"{folder}: metrics.jsonl has no {missing[0]}: expected the metrics of minigpt.train")
     timing = folder / "timing.jsonl"
     config = json.loads((folder / "config.json").read_text())["config"]
     return rows, config, read_jsonl(timing) if timing.exists() else []
@@ -41,7 +45,6 @@ def positions(rows: list[dict], config: dict, timing: list[dict], axis: str) -> 
         return {step: step for step in steps}
     if axis == "tokens":
         return {step: step * config["batch"] * config["context"] for step in steps}
-    # A resumed run has timed some steps twice; the last time is that of the step in metrics.jsonl.
     seconds = {row["step"]: row["step_ms"] / 1e3 for row in timing}
     if missing := [step for step in steps if step not in seconds]:
         raise ValueError(f"step {missing[0]} is not in timing.jsonl: expected a time for each step of metrics.jsonl")
@@ -67,7 +70,7 @@ def series_of(folder: Path, axis: str = "step", prefix: str = "") -> dict[str, t
 
 def plot_run(folder: Path, reference: dict[str, float] | None = None) -> Path:
     """Draws loss.png of one run, with horizontal lines for `reference`."""
-    path, series = folder / "loss.png", series_of(folder)
+    path, series = folder / PICTURE, series_of(folder)
     plots.curve(path, series, xlabel="step", ylabel="bits per byte", title=folder.name, reference=reference)
     return path
 
@@ -76,11 +79,11 @@ def plot_runs(folders: list[Path], out: Path, axis: str) -> None:
     if axis not in AXES:
         raise ValueError(f"axis {axis!r}: expected one of {', '.join(AXES)}")
     series: dict[str, tuple[list, list]] = {}
+    unique = len({folder.name for folder in folders}) == len(folders)
     for folder in folders:
-        curves = series_of(folder, axis, prefix=f"{folder.name}: ")
-        # Several runs in one picture: the held-out looks say what counts, the batches are left out.
-        held_out = {name: curve for name, curve in curves.items() if LOOKS[0][0] in name}
-        series |= held_out or curves
+        curves = series_of(folder, axis, prefix=f"{folder.name if unique else folder}: ")
+        held_out = {name: curve for name, curve in curves.items() if any(label in name for label, _ in LOOKS)}
+        series |= held_out if held_out and len(folders) > 1 else curves
     label = {"step": "step", "tokens": "tokens", "seconds": "seconds in training steps"}[axis]
     plots.curve(out, series, xlabel=label, ylabel="bits per byte", title=" beside ".join(f.name for f in folders))
 
@@ -94,7 +97,9 @@ def table(folders: list[Path]) -> str:
         speeds = sorted(row["tokens_per_s"] for row in timing)
         cells = (values[-1] if values else math.nan for values in (look, final))
         middle = speeds[len(speeds) // 2] if speeds else math.nan
-        lines.append(f"{folder.name:24} {rows[-1]['step']:7} " + "{:10.4f} {:13.4f} ".format(*cells) + f"{middle:10,.0f}")
+        lines.append(
+            f"{folder.name:24} {rows[-1]['step']:7} " + "{:10.4f} {:13.4f} ".format(*cells) + f"{middle:10,.0f}"
+        )
     return "\n".join(lines)
 
 

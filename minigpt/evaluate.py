@@ -1,7 +1,7 @@
 """Bits per byte on held-out text: how many bits a coder driven by the model would need, divided by the bytes.
 
 The rule: every token of the held-out text but the first separator is predicted exactly once, from the windows of
-`minigpt.data.held_out_windows`. The cost of separators counts, since it tells where documents end, but they are no
+`minigpt.batches.held_out_windows`. The cost of separators counts, since it tells where documents end, but they are no
 bytes. So the number does not depend on the tokenizer, is comparable with a compressor's on the same documents, and
 slightly to our disadvantage.
 """
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minigpt.data import held_out_windows
+from minigpt.batches import held_out_windows
 
 Window = tuple[int, int, int]
 

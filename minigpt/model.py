@@ -64,9 +64,25 @@ def causal_attention(
     if mask_BTS is not None:
         mask_BTS = mask_BTS[:, None]  # the same for all heads
     causal = mask_BTS is None and T > 1
+    if causal and q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and T <= SHORT:
+        return short_attention(q_BHTK, k_BGSK, v_BGSK)
     return F.scaled_dot_product_attention(
         q_BHTK, k_BGSK, v_BGSK, attn_mask=mask_BTS, is_causal=causal, enable_gqa=H != G
     )
+
+
+SHORT = 512  # tokens; beyond that all scores at once take too much memory
+
+
+def short_attention(q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> Tensor:
+    """The same, causal, with all scores spelled out and the softmax in float32: of short bfloat16 sequences on a CPU,
+    torch's own backward pass is three to five times slower than these products."""
+    (H, T, K), G = q_BHTK.shape[1:], k_BGTK.shape[1]
+    future_TS = torch.full((T, T), -math.inf, device=q_BHTK.device).triu(1)
+    k_BHTK, v_BHTK = (x if G == H else x.repeat_interleave(H // G, dim=1) for x in (k_BGTK, v_BGTK))
+    exact = torch.promote_types(q_BHTK.dtype, torch.float32)
+    scores_BHTS = (q_BHTK @ k_BHTK.mT).to(exact) / math.sqrt(K) + future_TS
+    return scores_BHTS.softmax(dim=-1).to(v_BHTK.dtype) @ v_BHTK
 
 
 class RMSNorm(nn.RMSNorm):
@@ -106,27 +122,36 @@ class Attention(nn.Module):
         if self.config.qk_norm:
             q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
         if self.config.positions == "rotary":
-            q_BHTK, k_BGTK = rotate(q_BHTK, *sight.cos_sin), rotate(k_BGTK, *sight.cos_sin)
+            cos_sin = [table.to(q_BHTK.dtype) for table in sight.cos_sin]  # autocast: half the memory to move
+            q_BHTK, k_BGTK = rotate(q_BHTK, *cos_sin), rotate(k_BGTK, *cos_sin)
         if sight.cache is not None:
             k_BGTK, v_BGTK = sight.cache.append(self.layer, sight.positions_BT, k_BGTK, v_BGTK)
-        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rule(self.config.window_of(self.layer)))
+        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[self.config.window_of(self.layer)])
         return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
 class Sight:
-    """What all layers of one pass share: the tokens, where they stand, and what they may see."""
+    """What all layers of one pass share: the tokens, where they stand, and what they may see.
 
-    def __init__(self, tokens_BT: Tensor, positions_BT: Tensor, cache: KVCache | None, separator: int | None):
+    rules {window: keyword arguments of attention_fn}; plain causal attention needs none.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        tokens_BT: Tensor,
+        positions_BT: Tensor,
+        cache: KVCache | None = None,
+        separator: int | None = None,
+    ):
         self.tokens_BT, self.positions_BT, self.cache, self.separator = tokens_BT, positions_BT, cache, separator
         self.cos_sin: tuple[Tensor, Tensor] | None = None
-        self.masks: dict[int, Tensor | None] = {}
+        self.rules = {window: self._rule(window) for window in {config.window_of(i) for i in range(config.layers)}}
 
-    def rule(self, window: int) -> dict:
-        """The keyword arguments of attention_fn; plain causal attention needs none."""
-        if window not in self.masks:
-            self.masks[window] = self._mask(window)
-        if self.masks[window] is not None:
-            return {"mask_BTS": self.masks[window]}
+    def _rule(self, window: int) -> dict:
+        mask_BTS = self._mask(window)
+        if mask_BTS is not None:
+            return {"mask_BTS": mask_BTS}
         return {"window": window} if window else {}
 
     def _mask(self, window: int) -> Tensor | None:
@@ -178,8 +203,8 @@ class GPT(nn.Module):
     attention_fn(q_BHTK, k_BGSK, v_BGSK, *, window=..., mask_BTS=...) -> y_BHTK is causal, see `causal_attention`; the
     keywords are given only where the config, a cache or `separator` asks for them. linear_cls(in, out, bias=bool) and
     norm_cls(width, eps=float) are modules with `.weight`; norm_cls None means the config's. activation_checkpointing
-    keeps only each block's input for the backward pass and computes the rest again. seed None draws no weights, for a
-    model that gets them from a file.
+    keeps only each block's input for the backward pass and computes the rest again. seed None leaves the weights
+    as the layers made them, for a model that gets its own from a file.
     """
 
     def __init__(
@@ -236,7 +261,10 @@ class GPT(nn.Module):
         separator: int | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """logits_BTV; with targets the mean cross-entropy in nats instead, plus z_loss * mean(log Z squared).
+        """logits_BTV; with targets the mean cross-entropy in nats instead.
+
+        The gradient is that of the cross-entropy plus z_loss * mean(log Z squared), which keeps logits from drifting;
+        the value is the cross-entropy alone.
 
         With a cache the tokens follow those that it holds, which they can see, and are added to it. With a separator
         nothing sees a document other than its own.
@@ -245,7 +273,10 @@ class GPT(nn.Module):
         if targets_BT is None:
             return logits_BTV
         loss = F.cross_entropy(logits_BTV.reshape(-1, self.config.vocab_size), targets_BT.reshape(-1))
-        return loss + z_loss * logits_BTV.logsumexp(dim=-1).square().mean() if z_loss else loss
+        if z_loss:
+            z = z_loss * logits_BTV.logsumexp(dim=-1).square().mean()
+            loss = loss + (z - z.detach())
+        return loss
 
     def hidden(self, tokens_BT: Tensor, *, cache: KVCache | None = None, separator: int | None = None) -> Tensor:
         """x_BTC after the last norm: what the head turns into logits."""
@@ -256,7 +287,7 @@ class GPT(nn.Module):
             there = f" after {held} in the cache" if held else ""
             raise ValueError(f"sequence of {T} tokens{there}: expected 1 to the context, {self.config.context}")
         positions_BT = torch.arange(T, device=tokens_BT.device)[None] if cache is None else cache.positions(T)
-        sight = Sight(tokens_BT, positions_BT, cache, separator)
+        sight = Sight(self.config, tokens_BT, positions_BT, cache, separator)
         x_BTC = self.embedding(tokens_BT)
         if self.config.positions == "learned":
             x_BTC = x_BTC + self.position_embedding(positions_BT)
@@ -281,7 +312,7 @@ class GPT(nn.Module):
         return logits_BTV
 
     def num_parameters(self) -> int:
-        """Trainable numbers; tied weights count once."""
+        """Numbers in all parameters, frozen ones too; tied weights count once."""
         return sum(p.numel() for p in self.parameters())
 
     def num_flops_per_token(self, T: int | None = None) -> int:

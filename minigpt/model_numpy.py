@@ -98,24 +98,31 @@ class Attention(nn.Module):
             q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
         if self.config.positions == "rotary":
             q_BHTK, k_BGTK = rotate(q_BHTK, *sight.cos_sin), rotate(k_BGTK, *sight.cos_sin)
-        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rule(self.config.window_of(self.layer)))
+        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[self.config.window_of(self.layer)])
         return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
 
 
 class Sight:
-    """What all layers of one pass share: the tokens, where they stand, and what they may see."""
+    """What all layers of one pass share: the tokens, where they stand, and what they may see.
 
-    def __init__(self, tokens_BT: np.ndarray, positions_BT: np.ndarray, separator: int | None):
+    rules {window: keyword arguments of attention_fn}; plain causal attention needs none.
+    """
+
+    def __init__(
+        self,
+        config: GPTConfig,
+        tokens_BT: np.ndarray,
+        positions_BT: np.ndarray,
+        separator: int | None = None,
+    ):
         self.tokens_BT, self.positions_BT, self.separator = tokens_BT, positions_BT, separator
         self.cos_sin: tuple[Tensor, Tensor] | None = None
-        self.masks: dict[int, np.ndarray | None] = {}
+        self.rules = {window: self._rule(window) for window in {config.window_of(i) for i in range(config.layers)}}
 
-    def rule(self, window: int) -> dict:
-        """The keyword arguments of attention_fn; plain causal attention needs none."""
-        if window not in self.masks:
-            self.masks[window] = self._mask(window)
-        if self.masks[window] is not None:
-            return {"mask_BTS": self.masks[window]}
+    def _rule(self, window: int) -> dict:
+        mask_BTS = self._mask(window)
+        if mask_BTS is not None:
+            return {"mask_BTS": mask_BTS}
         return {"window": window} if window else {}
 
     def _mask(self, window: int) -> np.ndarray | None:
@@ -220,7 +227,10 @@ class GPT(nn.Module):
         separator: int | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """logits_BTV; with targets the mean cross-entropy in nats instead, plus z_loss * mean(log Z squared).
+        """logits_BTV; with targets the mean cross-entropy in nats instead.
+
+        The gradient is that of the cross-entropy plus z_loss * mean(log Z squared), which keeps logits from drifting;
+        the value is the cross-entropy alone.
 
         With a separator nothing sees a document other than its own.
         """
@@ -228,7 +238,10 @@ class GPT(nn.Module):
         if targets_BT is None:
             return logits_BTV
         loss = F.cross_entropy(logits_BTV.reshape(-1, self.config.vocab_size), targets_BT.reshape(-1))
-        return loss + z_loss * (ag.logsumexp(logits_BTV, dim=-1) ** 2).mean() if z_loss else loss
+        if z_loss:
+            z = z_loss * (ag.logsumexp(logits_BTV, dim=-1) ** 2).mean()
+            loss = loss + (z - z.detach())
+        return loss
 
     def hidden(self, tokens_BT: np.ndarray, *, separator: int | None = None) -> Tensor:
         """x_BTC after the last norm: what the head turns into logits."""
@@ -236,7 +249,7 @@ class GPT(nn.Module):
         if not 1 <= T <= self.config.context:
             raise ValueError(f"sequence of {T} tokens: expected 1 to the context, {self.config.context}")
         positions_BT = np.arange(T)[None]
-        sight = Sight(tokens_BT, positions_BT, separator)
+        sight = Sight(self.config, tokens_BT, positions_BT, separator)
         x_BTC = self.embedding(tokens_BT)
         if self.config.positions == "learned":
             x_BTC = x_BTC + self.position_embedding(positions_BT)

@@ -22,13 +22,12 @@ POLAR_STEPS = (
 )
 
 
-def orthogonalize(g_NRC: Tensor) -> Tensor:
+def orthogonalize(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     """N matrices with the singular vectors of g and singular values near 1: the polar factor, by Newton-Schulz steps.
 
-    Matrix products only, in bfloat16 where g is float32 (the result is a direction; more digits buy nothing), else in
-    the dtype of g. Returns the dtype of g.
+    Matrix products only, in `dtype`; bfloat16 is enough, since the result is a direction. Returns the dtype of g.
     """
-    x_NRC = g_NRC.bfloat16() if g_NRC.dtype == torch.float32 else g_NRC
+    x_NRC = g_NRC.to(dtype)
     tall = g_NRC.shape[1] > g_NRC.shape[2]
     if tall:
         x_NRC = x_NRC.mT.contiguous()
@@ -46,11 +45,19 @@ class Muon(torch.optim.Optimizer):
 
     buffer += (1 - momentum) (g - buffer); u = g + momentum (buffer - g), Nesterov's look ahead;
     p -= lr (max(1, rows / columns)^0.5 orthogonalize(u) + weight_decay p).
-    Matrices of one shape are orthogonalised in one batched product. Raises ValueError for a parameter that is no matrix.
+    Matrices of one shape are orthogonalised in one batched product. Raises ValueError for a parameter of another kind.
     """
 
-    def __init__(self, params, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params,
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        dtype: torch.dtype = torch.bfloat16,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.dtype = dtype  # of the products; not among the options of a group, which a checkpoint keeps
         for group in self.param_groups:
             if wrong := [tuple(p.shape) for p in group["params"] if p.ndim != 2]:
                 raise ValueError(f"Muon got parameters of shape {wrong[0]}: expected matrices only")
@@ -73,7 +80,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
         rows, columns = same[0].shape
-        updates = list(orthogonalize(torch.stack(ahead)).unbind())
+        updates = list(orthogonalize(torch.stack(ahead), self.dtype).unbind())
         if weight_decay:
             torch._foreach_mul_(same, 1 - lr * weight_decay)
         torch._foreach_add_(same, updates, alpha=-lr * math.sqrt(max(1, rows / columns)))
@@ -96,8 +103,11 @@ def group_names(model: nn.Module) -> dict[str, list[str]]:
     return groups
 
 
-def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
-    """Every group keeps its peak as `peak_lr`; the trainer sets lr to a share of it before each step."""
+def make_optimizers(
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.bfloat16
+) -> list[torch.optim.Optimizer]:
+    """Every group keeps its peak as `peak_lr`; the trainer sets lr to a share of it before each step. `dtype` is what
+    the hardware multiplies fast, for Muon."""
     parameters, names = dict(model.named_parameters()), group_names(model)
     peaks = {"embedding": config.embedding_lr, "head": config.head_lr}
     decays = {"rest": 0.0, "embedding": config.embedding_decay}
@@ -110,7 +120,7 @@ def make_optimizers(model: nn.Module, config: TrainConfig) -> list[torch.optim.O
     if muon:
         muon[0] |= {"lr": config.muon_lr, "peak_lr": config.muon_lr}
     adamw = [group for group in adamw if group["params"]]
-    optimizers = [Muon(group, lr=config.muon_lr, momentum=config.momentum) for group in [muon] if group]
+    optimizers = [Muon(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group]
     betas = (config.beta1, config.beta2)
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True))

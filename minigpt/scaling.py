@@ -1,8 +1,8 @@
 """Scaling laws, small but real: `python -m minigpt.scaling`.
 
 Trains a handful of tiny models on several amounts of text, fits L(N, D) = E + A / N^a + B / D^b to what they reach on
-held-out text, predicts one size larger, and only then trains that one. N counts all parameters, D the training tokens, L
-is bits per byte. Runs that are finished are not repeated. Refused: fewer than two sizes or amounts.
+held-out text, predicts one size larger, and only then trains that one. N counts all parameters, D the training tokens,
+L is bits per byte. Runs that are finished are not repeated. Refused: fewer than two sizes or amounts.
 
 The form and the fit (Huber loss of the logarithms, many starts) are those of Hoffmann et al. 2022, section 3.3.
 """
@@ -10,7 +10,7 @@ The form and the fit (Huber loss of the logarithms, many starts) are those of Ho
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -20,11 +20,12 @@ import numpy as np
 from common import cli, plots
 from common.log import atomic_write
 from common.results import save_result
-from minigpt.checkpoint import FOLDER
+from minigpt.checkpoint import checkpoint_folders, differing
 from minigpt.train import train
-from minigpt.train_config import TrainConfig
+from minigpt.train_config import TrainConfig, deciding, plain
 
 HUBER = 1e-3
+FEWEST = 6  # points that five parameters are fitted to
 HEAD_WIDTH = 16
 
 
@@ -40,27 +41,30 @@ class ScalingConfig:
     out: Path = field(default=Path("results"), metadata={"help": "where results are kept"})
 
     def __post_init__(self) -> None:
-        for name in ("widths", "steps"):
-            numbers(name, getattr(self, name))
-        for width in (*numbers("widths", self.widths), self.larger):
+        widths, steps = (numbers(name, getattr(self, name)) for name in ("widths", "steps"))
+        for width in (*widths, self.larger):
             if width < HEAD_WIDTH or width % HEAD_WIDTH:
                 raise ValueError(f"width {width}: expected a multiple of {HEAD_WIDTH}")
+        if self.larger <= max(widths):
+            raise ValueError(f"larger {self.larger}: expected more than the widths, {self.widths}")
+        if len(widths) * len(steps) < FEWEST:
+            raise ValueError(f"{len(widths)} widths and {len(steps)} steps: expected at least {FEWEST} pairs of them")
 
     def training(self, width: int, steps: int) -> TrainConfig:
         return TrainConfig(
             folder=self.folder / f"width{width}_steps{steps}", corpus=self.corpus, tokenizer=self.tokenizer,
             layers=self.layers, width=width, heads=width // HEAD_WIDTH, kv_heads=width // HEAD_WIDTH,
             mlp_width=4 * width, context=64, eval_stride=64, batch=16, steps=steps, warmup=10, eval_every=steps,
-            checkpoint_every=steps, keep=1, embedding_lr=0.03, head_lr=0.005, peak_tflops=1.0,
+            checkpoint_every=steps, keep=1, embedding_lr=0.03, head_lr=0.005,
         )  # fmt: skip
 
 
 def numbers(name: str, text: str) -> list[int]:
     """Raises ValueError unless `text` is two or more different positive whole numbers, with commas between."""
     parts = [part.strip() for part in text.split(",")]
-    if len(set(parts)) < 2 or not all(part.isdigit() and int(part) for part in parts):
+    if not all(part.isdigit() and int(part) for part in parts) or not 2 <= len(set(map(int, parts))) == len(parts):
         raise ValueError(f"{name} {text!r}: expected at least two different numbers, such as '32,64'")
-    return sorted(int(part) for part in parts)
+    return sorted(map(int, parts))
 
 
 class Law(NamedTuple):
@@ -80,8 +84,8 @@ def fit(N: Sequence[float], D: Sequence[float], L: Sequence[float]) -> Law:
     """The law nearest to the points in log L. Raises ValueError for fewer than six points: it has five parameters."""
     from scipy.optimize import least_squares
 
-    if not (len(N) == len(D) == len(L) >= 6):
-        raise ValueError(f"{len(N)}, {len(D)}, {len(L)} values of N, D, L: expected as many of each, at least 6")
+    if not (len(N) == len(D) == len(L) >= FEWEST):
+        raise ValueError(f"{len(N)}, {len(D)}, {len(L)} values of N, D, L: expected as many of each, at least {FEWEST}")
     log_N, log_D, log_L = (np.log(np.asarray(values, float)) for values in (N, D, L))
 
     def residuals(p):
@@ -96,21 +100,22 @@ def fit(N: Sequence[float], D: Sequence[float], L: Sequence[float]) -> Law:
 
 
 def reached(config: TrainConfig) -> dict:
-    """What a run reached; trains it, or goes on with it, when it is not finished."""
+    """What a run reached; trains it, or goes on with it, when it is not finished.
+
+    Raises ValueError when the folder holds a run of another config; the text of a finished run is not looked at again.
+    """
     summary = config.folder / "summary.json"
-    if not summary.exists():
-        # Two of the same name differ in a flag: the checkpoint's config is compared, and another one is refused.
-        resume = (config.folder / FOLDER).exists()
-        result = train(TrainConfig(**{**as_fields(config), "resume": resume}))
-        tokens = config.steps * config.batch * config.context
-        row = {"width": config.width, "parameters": result.model.num_parameters(), "tokens": tokens}
-        row |= {"bits_per_byte": result.bits_per_byte, "seconds": result.train_seconds, "digest": result.data.digest}
-        atomic_write(summary, json.dumps(row) + "\n")
-    return json.loads(summary.read_text())
-
-
-def as_fields(config: TrainConfig | ScalingConfig) -> dict:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+    if summary.exists():
+        stored = json.loads(summary.read_text())
+        if differences := differing(deciding(stored["config"]), deciding(plain(config))):
+            raise ValueError(f"{config.folder} holds another run, choose another --folder: {differences}")
+        return stored["row"]
+    result = train(replace(config, resume=bool(checkpoint_folders(config.folder))))
+    tokens = config.steps * config.batch * config.context
+    row = {"width": config.width, "parameters": result.model.num_parameters(), "tokens": tokens}
+    row |= {"bits_per_byte": result.bits_per_byte, "seconds": result.train_seconds, "digest": result.data.digest}
+    atomic_write(summary, json.dumps({"config": plain(config), "row": row}, indent=1) + "\n")
+    return row
 
 
 def draw(path: Path, rows: list[dict], beyond: list[dict], law: Law) -> None:
@@ -148,7 +153,7 @@ def main() -> None:
             f"{row['role']:9} width {row['width']:4} N {row['parameters']:9,} D {row['tokens']:9,} "
             f"reached {row['bits_per_byte']:.4f} law {row['law']:.4f} ({row['error']:+.1%})"
         )
-    settings = {**as_fields(config), "law": law._asdict()}
+    settings = {**asdict(config), "law": law._asdict()}
     print(save_result("minigpt", "scaling", rows + beyond, config=settings, root=config.out))
     picture = config.out / "minigpt" / "scaling.png"
     draw(picture, rows, beyond, law)

@@ -1,17 +1,20 @@
 """Trains a GPT on a corpus: `python -m minigpt.train --help`.
 
 One folder a run: config.json, metrics.jsonl, timing.jsonl, tokenizer.json, checkpoints/, loss.png. A killed run
-continues with `--resume` to the same numbers, bit by bit on a CPU. `train` takes the world and `grad_sync` as arguments,
-so later stages run it on many ranks. Refused: overwriting a run, resuming another one, a batch that ranks cannot share.
+continues with `--resume` to the same numbers, bit by bit on a CPU. `train` takes the world and `grad_sync` as
+arguments, so later stages run it on many ranks. Refused: overwriting a run, resuming another one, a batch that ranks
+cannot share.
 """
 
 import resource
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,9 +23,10 @@ from common import cli
 from common.dist import World, init_from_env
 from common.log import RunLog
 from common.timing import gemm_peak
-from minigpt.checkpoint import FOLDER, TOKENIZER, load_checkpoint
-from minigpt.compare import plot_run
-from minigpt.data import Prefetcher, TokenData, check_length, load_data
+from minigpt.batches import Prefetcher, check_length
+from minigpt.checkpoint import FOLDER, TOKENIZER, checkpoint_folders, load_checkpoint
+from minigpt.compare import PICTURE, plot_run
+from minigpt.data import TokenData, load_data
 from minigpt.download import endpoint_from_env
 from minigpt.model import GPT
 from minigpt.train_config import PRESETS, TrainConfig
@@ -82,14 +86,14 @@ def train(
         notes += trainer.load()
     if grad_sync is not None:
         grad_sync([torch.zeros(1, device=world.device)])  # a barrier: every rank has looked before rank 0 writes
-    if trainer.step == 0:
+    if not config.resume:
         if world.rank == 0:
             data.tokenizer.save(config.folder / TOKENIZER)
         trainer.save()  # a kill at any later moment finds a checkpoint
     if trainer.step < config.steps:
         _loop(trainer, notes)
-        if world.rank == 0:
-            plot_run(config.folder)
+    if world.rank == 0 and not (config.folder / PICTURE).exists():
+        plot_run(config.folder)
     trainer.use_average()
     return Result(config, trainer.model, data, trainer.dtype, trainer.bits_per_byte, trainer.seconds)
 
@@ -97,9 +101,7 @@ def train(
 def _loop(trainer: Trainer, notes: list[str]) -> None:
     config, world = trainer.config, trainer.world
     enabled = world.rank == 0
-    peak = 1e12 * config.peak_tflops or gemm_peak(
-        trainer.machine()["dtype"], world.device, sizes=PEAK_SIZE[world.device.type]
-    )
+    peak = 1e12 * config.peak_tflops or measured_peak(trainer.machine()["dtype"], world.device)
     flops = trainer.model.num_flops_per_token() * config.batch * config.context / (peak * world.world_size)
     log = RunLog(config.folder, config, total_steps=config.steps, start_step=trainer.step, enabled=enabled)
     batches = Prefetcher(trainer.make_batch, world.device)
@@ -107,13 +109,14 @@ def _loop(trainer: Trainer, notes: list[str]) -> None:
         for note in notes:
             log.message(note)
         while trainer.step < config.steps:
-            before = trainer.seconds
+            began = time.perf_counter()  # waiting for the batch counts too
             metrics, stop = trainer.update(*batches.next(trainer.step), stop=interrupted())
+            seconds = time.perf_counter() - began
+            trainer.seconds += seconds
             step, last = trainer.step, trainer.step == config.steps
             if last or step % config.eval_every == 0:
                 metrics |= trainer.evaluate()
             log.metrics(step, **metrics)
-            seconds = trainer.seconds - before
             speed, mfu = config.batch * config.context / seconds, flops / seconds
             log.timing(step, step_ms=1e3 * seconds, tokens_per_s=speed, mfu=mfu, memory_bytes=memory(world.device))
             log.progress(step, loss=metrics["loss"], tokens_per_s=round(speed), mfu=f"{mfu:.0%}")
@@ -125,6 +128,12 @@ def _loop(trainer: Trainer, notes: list[str]) -> None:
                 raise KeyboardInterrupt
 
 
+@cache
+def measured_peak(dtype: str, device: torch.device) -> float:
+    """FLOP/s of one large matrix product, here and now."""
+    return gemm_peak(dtype, device, sizes=PEAK_SIZE[device.type])
+
+
 def memory(device: torch.device) -> int:
     """The most bytes this process has held: allocated on the GPU, resident on a CPU."""
     if device.type == "cuda":
@@ -134,11 +143,13 @@ def memory(device: torch.device) -> int:
 
 
 def refuse_existing(folder: Path) -> None:
-    for name in (FOLDER, "metrics.jsonl", "config.json"):
-        if (folder / name).exists():
-            raise ValueError(
-                f"{folder} already holds a run ({name}): continue with --resume, or choose another --folder"
-            )
+    # A folder of checkpoints without one is what a kill during the very first save leaves: that is no run yet.
+    left = [FOLDER] if checkpoint_folders(folder) else []
+    left += [name for name in ("metrics.jsonl", "config.json") if (folder / name).exists()]
+    if left:
+        raise ValueError(
+            f"{folder} already holds a run ({left[0]}): continue with --resume, or choose another --folder"
+        )
 
 
 @contextmanager

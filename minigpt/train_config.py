@@ -5,6 +5,7 @@ the model's own config refuses.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +19,7 @@ def option(default: Any, help: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class TrainConfig:
-    folder: Path = option(Path("runs/minigpt"), "folder of this run")
+    folder: Path = field(default=Path("runs/minigpt"), metadata={"help": "folder of this run"})
     resume: bool = option(False, "continue the run in that folder from its newest checkpoint")
     corpus: str = option("stdlib", "'stdlib', a text folder or file, a folder of shards, fineweb10B:N, hf:owner/name")
     tokenizer: str = option("auto", "'bytes', 'bpe:N', a path, or 'auto': bpe:2048 for text, shards bring theirs")
@@ -112,17 +113,19 @@ class TrainConfig:
         return GPTConfig(vocab_size=padded, **biases, **{name: getattr(self, name) for name in shared})
 
 
+FREE = ("device", "keep", "checkpoint_every", "peak_tflops")
+
 PRESETS = {
     "laptop": TrainConfig(),
     "tiny": TrainConfig(
         folder=Path("runs/tiny"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64, context=64,
-        steps=60, warmup=5, eval_every=20, eval_windows=16, checkpoint_every=20, peak_tflops=0.1,
+        steps=60, warmup=5, eval_every=20, eval_windows=16, checkpoint_every=20,
     ),
 }  # fmt: skip
 
 
 def schedule(step: int, config: TrainConfig) -> float:
-    """Share of the peak learning rate at update `step`, counted from 0: linear warmup, then a cosine or stable and decay.
+    """Share of the peak learning rate at update `step`, from 0 on: linear warmup, then a cosine or stable and decay.
 
     The cosine ends at `floor` in the last step; wsd falls linearly over the last `cooldown` of all steps, towards
     `floor` one step after the last, so that no step is wasted on a rate of zero.
@@ -138,5 +141,10 @@ def schedule(step: int, config: TrainConfig) -> float:
 
 
 def plain(config: TrainConfig) -> dict[str, Any]:
-    """The fields that decide a run's numbers, as values that JSON holds."""
-    return {name: value for name, value in asdict(config).items() if name not in ("folder", "resume", "peak_tflops")}
+    """What a checkpoint keeps of the config, as values that JSON holds."""
+    return {name: value for name, value in asdict(config).items() if name not in ("folder", "resume")}
+
+
+def deciding(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of `plain` that decide a run's numbers: the others may change when it is resumed."""
+    return {name: value for name, value in fields.items() if name not in FREE}

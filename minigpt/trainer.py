@@ -6,10 +6,10 @@ Refused: resuming another config, architecture or text, and going on after a NaN
 """
 
 import math
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.dist import World
+from minigpt.batches import batch, held_out_windows, rank_rows
 from minigpt.checkpoint import (
     check_architecture,
     differing,
@@ -25,11 +26,11 @@ from minigpt.checkpoint import (
     save_checkpoint,
     unflatten,
 )
-from minigpt.data import TokenData, batch, held_out_windows, rank_rows
+from minigpt.data import TokenData
 from minigpt.evaluate import score, spread, to_bits_per_byte
 from minigpt.model import GPT
 from minigpt.optim import make_optimizers
-from minigpt.train_config import TrainConfig, plain, schedule
+from minigpt.train_config import TrainConfig, deciding, plain, schedule
 
 # Averages the given tensors over all ranks, in place.
 GradSync = Callable[[list[Tensor]], None]
@@ -61,9 +62,9 @@ class Trainer:
         if config.document_mask:
             self.options["separator"] = data.tokenizer.separator
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-        self.optimizers = make_optimizers(self.model, config)
-        self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.dtype = choose_dtype(config.dtype, world.device)
+        self.optimizers = make_optimizers(self.model, config, self.dtype)
+        self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.windows = held_out_windows(data.held_out.size, config.context, config.eval_stride)
         self.byte_lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
         self.step, self.saved_step, self.seconds, self.bits_per_byte = 0, 0, 0.0, math.nan
@@ -76,20 +77,20 @@ class Trainer:
 
     def update(self, inputs_BT: Tensor, targets_BT: Tensor, stop: bool = False) -> tuple[dict[str, float], bool]:
         """One step. Returns its deterministic metrics, and whether any rank wants to stop after it."""
-        began = time.perf_counter()
         loss = self._backward(inputs_BT, targets_BT)
         bytes_per_token = self.byte_lengths_V[targets_BT].to(loss.dtype).mean()
         signals = torch.stack([loss, bytes_per_token, torch.full_like(loss, float(stop))])
         if self.grad_sync is not None:
+            for p in self.parameters:  # what this pass did not use may have a gradient on another rank
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             self.grad_sync([*(p.grad for p in self.parameters), signals])  # the signals travel with the gradients
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
         loss_value, bytes_value, stops, norm_value = [*signals.tolist(), norm.item()]
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            raise self._broken(f"loss {loss_value:g} and gradient norm {norm_value:g}")
+            raise self._broken(f"loss {loss_value:g} and gradient norm {norm_value:g}", self.step + 1)
         share = schedule(self.step, self.config)
         self._apply(share)
         self.step += 1
-        self.seconds += time.perf_counter() - began
         bits = loss_value / math.log(2) / bytes_value if bytes_value else math.nan
         metrics = {"loss": loss_value, "train_bits_per_byte": bits, "lr_share": share, "grad_norm": norm_value}
         return metrics, stops > 0
@@ -112,8 +113,10 @@ class Trainer:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         if self.average:
+            # Short at the start: else the initial weights would stay in it for long.
+            decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, self.parameters, 1 - self.config.ema)
+                torch._foreach_lerp_(self.average, self.parameters, 1 - decay)
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -142,9 +145,11 @@ class Trainer:
         final = self.step == self.config.steps
         windows = self.windows if final else spread(self.windows, self.config.eval_windows)
         mine = windows[self.world.rank :: self.world.world_size]
-        with self.averaged():  # not self.forward: the last, smaller group of windows would compile again
+        # Not self.forward: the last, smaller group of windows would compile again.
+        model = partial(self.model, separator=self.options.get("separator"))
+        with self.averaged():
             totals = score(
-                self.model, self.data.held_out, self.data.byte_lengths, mine,
+                model, self.data.held_out, self.data.byte_lengths, mine,
                 rows=16, device=self.world.device, dtype=self.dtype,
             )  # fmt: skip
         if self.grad_sync is not None:
@@ -157,7 +162,7 @@ class Trainer:
 
     def save(self) -> None:
         if not all(p.isfinite().all() for p in self.model.parameters()):
-            raise self._broken("the weights are no longer finite")
+            raise self._broken("the weights are no longer finite", self.step)
         if self.world.rank == 0:
             tensors, groups = flatten([optimizer.state_dict() for optimizer in self.optimizers])
             weights = {"model": self.model.state_dict(), "optimizer": tensors}
@@ -169,7 +174,7 @@ class Trainer:
                 "model_config": asdict(self.model.config),
                 "train_config": plain(self.config),
                 "data_digest": self.data.digest,
-                "next_row": self.step * self.config.batch,  # of the endless list that minigpt.data.batch describes
+                "next_row": self.step * self.config.batch,  # of the endless list that minigpt.batches.batch describes
                 "machine": self.machine(),
                 "seconds": self.seconds,
                 "bits_per_byte": None if math.isnan(self.bits_per_byte) else self.bits_per_byte,
@@ -193,7 +198,7 @@ class Trainer:
         checkpoint, warnings = load_checkpoint(self.config.folder)
         path, state = checkpoint.path, checkpoint.state
         check_architecture(path, state["model_config"], asdict(self.model.config))
-        if differences := differing(state["train_config"], plain(self.config)):
+        if differences := differing(deciding(state["train_config"]), deciding(plain(self.config))):
             raise ValueError(f"{path} belongs to a run with another config: {differences}")
         if state["data_digest"] != self.data.digest:
             there, here = state["data_digest"][:12], self.data.digest[:12]
@@ -213,8 +218,8 @@ class Trainer:
             warnings.append(f"not bitwise the uninterrupted run: {changes}")
         return warnings
 
-    def _broken(self, what: str) -> UserError:
+    def _broken(self, what: str, step: int) -> UserError:
         return UserError(
-            f"{what} at step {self.step + 1}: stopped; {self.config.folder} holds step {self.saved_step}, "
+            f"{what} at step {step}: stopped; {self.config.folder} holds step {self.saved_step}, "
             f"the last good one; a lower learning rate may help"
         )

@@ -1,9 +1,8 @@
-"""Trains the GPT twice, in torch and on our own engine, on the same real text from the same weights: `python -m
-minigpt.twins`.
+"""One GPT trained twice, in torch and on our own engine, from the same weights: `python -m minigpt.twins`.
 
-Both read the same batches, and each has its own engine's backward pass, clipping and AdamW. The loss curves are drawn on
-top of each other and their largest distance is printed; a result goes to results/minigpt/twins_*.json, the picture beside
-it. Refused: numbers below 1.
+Both read the same batches of real text, and each has its own engine's backward pass, clipping and AdamW. The loss
+curves are drawn on top of each other and their largest distance is printed; a result goes to
+results/minigpt/twins_*.json, the picture beside it. Refused: numbers below 1.
 """
 
 import time
@@ -18,7 +17,8 @@ from common import cli, plots
 from common.dist import World
 from common.log import format_duration
 from common.results import save_result
-from minigpt.data import TokenData, batch, load_data
+from minigpt.batches import batch
+from minigpt.data import TokenData, load_data
 from minigpt.model import GPT
 from minigpt.model_numpy import GPT as NumpyGPT
 from minigpt.train_config import TrainConfig, schedule

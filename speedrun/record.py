@@ -32,7 +32,7 @@ def record(config: RecordConfig) -> list[Path]:
     metrics = read_jsonl(config.folder / "metrics.jsonl")
     looks = [[row["step"], row["held_out_look"]] for row in metrics if "held_out_look" in row]
     row = {**summary, **compressors, "held_out_looks": looks}
-    run = {"run_command": about["command"], "run_git": about["git"], **about["config"]}
+    run = {"sittings": about["sittings"], **about["config"]}
     device = summary["device"]
     result = save_result("speedrun", device, [row], config=run, device=device, root=config.out)
     picture = config.out / "speedrun" / f"loss_{device}.png"

@@ -14,6 +14,7 @@ import torch
 from common.dist import World
 from common.log import atomic_write, format_duration, jsonable
 from common.timing import gemm_peak
+from minigpt.checkpoint import FOLDER
 from minigpt.compare import plot_run
 from minigpt.sample import sample_text
 from minigpt.sampling import Sampling
@@ -84,7 +85,7 @@ def as_lines(summary: dict[str, Any], config: TrainConfig) -> str:
             f"this sitting with evaluation and all {format_duration(s['wall_seconds'])}",
             f"speed          {s['tokens_per_s']:,.0f} tokens/s, {s['flops'] / 1e9:,.1f} GFLOP/s, {s['of_peak']:.1%} "
             f"of the GEMM peak measured here, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s{ranks}",
-            f"files          {config.folder / 'loss.png'}  {config.folder / 'metrics.jsonl'}  {config.folder / 'checkpoints'}",
+            "files          " + "  ".join(str(config.folder / name) for name in ("loss.png", "metrics.jsonl", FOLDER)),
         ]
     )
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from common import cli
 from common.dist import finish, init_from_env
 from minigpt.train import configured, train
-from speedrun.presets import PRESETS, choose_preset
+from speedrun.presets import PRESETS, choose_preset, has_compiler
 from speedrun.summary import as_lines, sample, summarise
 
 
@@ -31,7 +31,9 @@ def average(tensors: list[Tensor]) -> None:
 def main() -> None:
     began = time.perf_counter()
     ranks = os.environ.get("WORLD_SIZE", "1")  # only to choose the preset; init_from_env checks it
-    default = choose_preset(torch.cuda.is_available(), several=ranks != "1")
+    asked = configured(None, presets=PRESETS, default_preset="cpu")  # for --device, which the choice needs
+    cuda = asked.device != "cpu" and torch.cuda.is_available()
+    default = choose_preset(cuda, several=ranks != "1", compiler=has_compiler())
     config = configured(None, presets=PRESETS, default_preset=default)
     world = init_from_env(None if config.device == "auto" else config.device)
     try:

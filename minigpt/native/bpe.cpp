@@ -22,7 +22,9 @@ Splitter splitter(const py::tuple& style, const py::bytes& kinds) {
   return {{style[0].cast<bool>(), style[1].cast<int>(), style[2].cast<bool>()}, std::string(kinds)};
 }
 
-std::string_view view(const py::bytes& text) { return {PyBytes_AS_STRING(text.ptr()), size_t(PyBytes_GET_SIZE(text.ptr()))}; }
+std::string_view view(const py::bytes& text) {
+  return {PyBytes_AS_STRING(text.ptr()), size_t(PyBytes_GET_SIZE(text.ptr()))};
+}
 
 std::vector<std::string_view> views(const std::vector<py::bytes>& texts) {
   std::vector<std::string_view> out;
@@ -51,7 +53,7 @@ py::array to_array(const std::vector<uint32_t>& ids) {
 template <class Range>
 py::array_t<uint32_t> to_rows(const Range& rows, py::ssize_t width) {
   py::array_t<uint32_t> array({py::ssize_t(rows.size()), width});
-  std::memcpy(array.mutable_data(), rows.data(), rows.size() * width * sizeof(uint32_t));
+  if (rows.size()) std::memcpy(array.mutable_data(), rows.data(), rows.size() * width * sizeof(uint32_t));
   return array;
 }
 
@@ -172,5 +174,5 @@ PYBIND11_MODULE(_bpe, module) {
       .def("encode", &encode, py::arg("text"), py::arg("ends"), py::arg("wide"))
       .def("encode_batch", &encode_batch, py::arg("texts"), py::arg("threads"), py::arg("wide"))
       .def("reduced", [](const Encoder& self) { return to_rows(self.reduced(), 3); },
-           "uint32 (merges, 3): left, right and product ids; empty where the rule does not reduce to one merge a token");
+           "uint32 (merges, 3): left, right, product ids; empty where the rule is not one merge a token");
 }

@@ -25,8 +25,8 @@ class Encoder {
 
   // `merges` in order of rank; nullptr takes the rule by concatenation, where the rank of a merge is its product's id.
   // `whole`: a pre-token that is a token is that token, whatever the merges would make of it.
-  Encoder(const std::vector<std::string_view>& tokens, const std::vector<uint32_t>& ids, const std::vector<Triple>* merges,
-          bool whole, Splitter splitter)
+  Encoder(const std::vector<std::string_view>& tokens, const std::vector<uint32_t>& ids,
+          const std::vector<Triple>* merges, bool whole, Splitter splitter)
       : splitter_(std::move(splitter)), whole_(whole || !merges), ids_(ids) {
     for (const auto& token : tokens) vocabulary_.find_or_insert(token.data(), token.size());
     for (size_t i = 0; i < tokens.size(); ++i) {

@@ -9,7 +9,8 @@
 
 namespace bpe {
 
-inline uint64_t mix(uint64_t a, uint64_t b) {  // both halves of the 128-bit product, so every input bit reaches the low bits
+// Both halves of the 128-bit product: every bit of the input reaches the low bits.
+inline uint64_t mix(uint64_t a, uint64_t b) {
   const __uint128_t product = static_cast<__uint128_t>(a) * b;
   return static_cast<uint64_t>(product) ^ static_cast<uint64_t>(product >> 64);
 }

@@ -113,7 +113,8 @@ class Splitter {
     return p;
   }
 
-  // Before something else, the last character of a run stays with what follows; GPT-4 ends a run after its last line end.
+  // Before something else, the last character of a run stays with what follows; GPT-4 ends a run after its last line
+  // end.
   const char* whitespace(const char* p, const char* end) const {
     const char *q = p, *last = p, *line = nullptr;
     for (Char c; (c = at(q, end)).kind == SPACE || c.kind == NEWLINE;) {

@@ -43,7 +43,9 @@ inline std::vector<std::vector<std::string_view>> deal(const std::vector<std::st
     while (!text.empty()) {
       const size_t goal = total * (share + 1) / threads;
       const char *begin = text.data(), *end = begin + text.size(), *cut = end;
-      if (share + 1 < threads && dealt + text.size() > goal) cut = Splitter::sure_cut(begin + (goal - dealt), begin, end);
+      if (share + 1 < threads && dealt + text.size() > goal) {
+        cut = Splitter::sure_cut(begin + (goal - dealt), begin, end);
+      }
       shares[share].emplace_back(begin, cut - begin);
       dealt += cut - begin;
       text.remove_prefix(cut - begin);
@@ -95,7 +97,8 @@ class Trainer {
       starts_.push_back(symbols_.size());
       for (const char byte : counted.words[w]) symbols_.push_back(order[static_cast<uint8_t>(byte)]);
       lengths_.push_back(static_cast<uint32_t>(symbols_.size() - starts_[w]));
-      for (uint32_t i = 0; i + 1 < lengths_[w]; ++i) change(symbols_[starts_[w] + i], symbols_[starts_[w] + i + 1], w, 1);
+      const uint32_t* s = symbols_.data() + starts_[w];
+      for (uint32_t i = 0; i + 1 < lengths_[w]; ++i) change(s[i], s[i + 1], w, 1);
     }
     changed_.clear();
     for (uint32_t i = 0; i < pairs_.size(); ++i) queue_.push({pairs_[i].count, pairs_[i].left, pairs_[i].right, i});

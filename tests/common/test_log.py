@@ -157,8 +157,12 @@ def test_config_json(tmp_path):
     assert about["versions"] == versions()
     assert about["versions"]["python"] == platform.python_version()
     assert about["versions"]["torch"] == torch.__version__ and about["versions"]["numpy"] == np.__version__
-    assert about["git"] == git_state() and about["platform"] == platform.platform()
-    assert about["command"].startswith("python") and about["start_step"] == 0
+    (sitting,) = about["sittings"]
+    assert sitting["git"] == git_state() and about["platform"] == platform.platform()
+    assert sitting["command"].startswith("python") and sitting["start_step"] == 0
+    train(tmp_path, 1, 2)
+    again = json.loads((tmp_path / "config.json").read_text())["sittings"]
+    assert again[0] == sitting and [part["start_step"] for part in again] == [0, 1]
 
 
 def test_git_state(tmp_path, monkeypatch):

@@ -46,6 +46,22 @@ def test_curve(tmp_path, drawn):
     assert image.shape == (540, 960, 3) and share(image, "#FFFFFF") > 0.5
 
 
+def test_points_have_the_colour_of_their_line(tmp_path, drawn):
+    series = {"a": ([1, 10], [3.0, 2.0]), "b": ([1, 10], [2.0, 1.0])}
+    points = {"b": ([2, 5], [1.5, 1.2]), "measured": ([3], [2.5])}
+    curve(tmp_path / "x.svg", series, **LABELS, log_x=True, points=points)
+    axes = drawn[0].axes[0]
+    lines = {line.get_color(): line for line in axes.lines if line.get_linestyle() != "None"}
+    markers = [line for line in axes.lines if line.get_linestyle() == "None"]
+    assert axes.get_xscale() == "log" and [line.get_marker() for line in markers] == ["o", "o"]
+    np.testing.assert_array_equal(lines[markers[0].get_color()].get_ydata(), [2.0, 1.0])
+    np.testing.assert_array_equal(markers[0].get_xydata(), [[2, 1.5], [5, 1.2]])
+    assert markers[1].get_color() not in lines
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["a", "b", "measured"]
+    with pytest.raises(ValueError, match="positive"):
+        curve(tmp_path / "y.svg", series, **LABELS, log_y=True, points={"b": ([1], [0.0])})
+
+
 def test_a_curve_of_one_point_is_visible(tmp_path, drawn):
     curve(tmp_path / "x.png", {"a": ([1], [2.0])}, **LABELS)
     assert drawn[0].axes[0].lines[0].get_marker() == "o"

@@ -51,7 +51,10 @@ def test_an_unknown_flag_as_a_user_sees_it(tmp_path):
     ("flags", "message"),
     [
         (["--learning", "1"], "unrecognized arguments: --learning"),
-        (["--corpus", "nowhere"], "corpus 'nowhere' does not exist: expected 'stdlib', fineweb10B:N, hf:owner/name, or the path"),
+        (
+            ["--corpus", "nowhere"],
+            "corpus 'nowhere' does not exist: expected 'stdlib', fineweb10B:N, hf:owner/name, or the path",
+        ),
         (["--corpus", "EMPTY"], "holds no text: expected at least one UTF-8 file, found no files at all"),
         (["--corpus", "BINARY"], "holds no text: expected at least one UTF-8 file, found x.bin (binary)"),
         (["--corpus", "SHORT", "--tokenizer", "bytes"], "expected at least 65"),

@@ -15,7 +15,10 @@ from minigpt.optim import Muon
 
 
 def tensors(step: int) -> dict:
-    return {"model": {"a": torch.full((3, 2), float(step)), "b": torch.arange(4)}, "optimizer": {"0.0.m": torch.ones(2)}}
+    return {
+        "model": {"a": torch.full((3, 2), float(step)), "b": torch.arange(4)},
+        "optimizer": {"0.0.m": torch.ones(2)},
+    }
 
 
 def save(run, *steps, keep=3) -> None:
@@ -66,6 +69,23 @@ def test_a_broken_checkpoint_is_skipped_with_a_warning(damage, tmp_path):
     assert warnings[0].startswith("skipped a broken checkpoint: ") and str(newest) in warnings[0]
     save(tmp_path, 2)  # the run goes on and writes that step again
     assert load_checkpoint(tmp_path)[0].state["step"] == 2 and not load_checkpoint(tmp_path)[1]
+
+
+def test_later_ones_go_when_the_run_goes_on_from_before_them(tmp_path):
+    save(tmp_path, 10, 20)
+    flip(tmp_path / "checkpoints/step_00000020/model.safetensors")
+    (tmp_path / "checkpoints/.step_00000013.partial").mkdir()  # of a kill
+    save(tmp_path, 12, keep=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_00000012"]
+
+
+def test_a_file_that_went_since_is_named(tmp_path):
+    save(tmp_path, 1)
+    found, _ = load_checkpoint(tmp_path)
+    (found.path / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is gone: the run has written newer checkpoints"):
+        found.tensors("model")
+    assert found.tensors("ema") == {}
 
 
 def test_no_whole_checkpoint_at_all(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from minigpt.compare import plot_run, positions, read_run, series_of, smoothed, 
 
 @pytest.fixture
 def runs(tmp_path):
-    """Two runs by hand; the second was resumed, so timing.jsonl has step 2 twice."""
+    """Two runs by hand."""
     for name, batch in (("one", 2), ("two", 4)):
         folder = tmp_path / name
         folder.mkdir()
@@ -21,8 +22,7 @@ def runs(tmp_path):
         rows = [{"step": step, "loss": 3.0, "train_bits_per_byte": 5.0 - step} for step in (1, 2, 3)]
         rows[1]["held_out_look"] = 2.5
         rows[2]["held_out_bits_per_byte"] = 2.25
-        times = [{"step": step, "step_ms": 100.0 * step, "tokens_per_s": 10.0 * step} for step in (1, 2, 2, 3)]
-        times[1]["step_ms"] = 9999.0
+        times = [{"step": step, "step_ms": 100.0 * step, "tokens_per_s": 10.0 * step} for step in (1, 2, 3)]
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in times))
@@ -35,7 +35,7 @@ def test_axes(runs):
     assert positions(rows, config, timing, "tokens") == {1: 32, 2: 64, 3: 96}
     assert positions(rows, config, timing, "seconds") == pytest.approx({1: 0.1, 2: 0.3, 3: 0.6})
     with pytest.raises(ValueError, match=r"step 3 is not in timing.jsonl"):
-        positions(rows, config, timing[:3], "seconds")
+        positions(rows, config, timing[:2], "seconds")
 
 
 def test_series(runs):
@@ -73,6 +73,21 @@ def test_what_is_no_run_is_named(runs, tmp_path, monkeypatch, capsys):
             cli.run(compare.main)
         err = capsys.readouterr().err
         assert stop.value.code == 2 and err.count("\n") == 1 and message in err
+
+
+def test_metrics_of_something_else_are_named(runs):
+    (runs[0] / "metrics.jsonl").write_text('{"step": 1, "accuracy": 0.5}\n')
+    with pytest.raises(ValueError, match=r"one: metrics.jsonl has no loss: expected the metrics of minigpt.train"):
+        read_run(runs[0])
+
+
+def test_runs_of_one_name_are_told_apart(runs, tmp_path, monkeypatch):
+    same = tmp_path / "elsewhere" / "one"
+    shutil.copytree(runs[0], same)
+    drawn = {}
+    monkeypatch.setattr(compare.plots, "curve", lambda path, series, **_: drawn.update(series))
+    compare.plot_runs([runs[0], same], tmp_path / "x.png", "step")
+    assert len(drawn) == 4 and sum(str(same) in name for name in drawn) == 2
 
 
 def test_a_run_without_looks_shows_its_batches(runs):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from minigpt.batches import held_out_windows
 from minigpt.config import GPTConfig
-from minigpt.data import held_out_windows
 from minigpt.evaluate import bits_per_byte, score, spread, to_bits_per_byte
 from minigpt.model import GPT
 
@@ -70,7 +70,9 @@ def test_shares_of_the_windows_add_up(model):
     windows = held_out_windows(tokens.size, 8, 4)
     place = {"rows": 4, "device": torch.device("cpu"), "dtype": torch.float32}
     parts = [score(model, tokens, LENGTHS, windows[rank::3], **place) for rank in range(3)]
-    assert to_bits_per_byte(sum(parts)) == pytest.approx(bits_per_byte(model, tokens, LENGTHS, context=8, stride=4), abs=1e-12)
+    assert to_bits_per_byte(sum(parts)) == pytest.approx(
+        bits_per_byte(model, tokens, LENGTHS, context=8, stride=4), abs=1e-12
+    )
 
 
 def test_spread_touches_the_whole_text():

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt.config import GPTConfig
-from minigpt.model import GPT, MLP, causal_attention, rotary_speeds, rotary_tables, rotate
+from minigpt.model import GPT, MLP, causal_attention, rotary_speeds, rotary_tables, rotate, short_attention
 
 SMALL = {"vocab_size": 17, "context": 10, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 12}
 
@@ -76,6 +76,24 @@ def test_rotary_scores_depend_on_the_distance_only():
 def test_grouped_heads_are_repeated_heads(groups):
     q, k, v = (torch.randn(2, heads, 9, 8, dtype=torch.float64) for heads in (6, groups, groups))
     assert_close(causal_attention(q, k, v), spelled_out_attention(q, k, v))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 4, 17, 8), (3, 6, 2, 33, 10), (1, 2, 1, 2, 4)], ids=str)
+def test_short_attention_is_torchs(shape):
+    """Called as it is, in float64: values and gradients; in bfloat16 both are as far from the truth."""
+    B, H, G, T, K = shape
+    q, k, v = (torch.randn(B, heads, T, K, dtype=torch.float64, requires_grad=True) for heads in (H, G, G))
+    ours = short_attention(q, k, v)
+    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    assert_close(ours, theirs)
+    g = torch.randn_like(theirs)
+    for one, other in zip(
+        torch.autograd.grad(ours, (q, k, v), g), torch.autograd.grad(theirs, (q, k, v), g), strict=True
+    ):
+        assert_close(one, other)
+    half = [x.detach().bfloat16() for x in (q, k, v)]
+    assert causal_attention(*half).dtype == torch.bfloat16
+    assert (causal_attention(*half) - ours).abs().max() <= 0.05
 
 
 def test_attention_fn_is_an_argument():
@@ -180,8 +198,13 @@ def test_llama_3_scaling_by_its_definition():
 
 def test_z_loss_is_the_mean_square_of_log_z():
     model, tokens = random_gpt(softcap=0.0), torch.randint(17, (2, 10))
+    loss, plain = model(tokens, tokens, z_loss=0.1), model(tokens, tokens)
+    assert loss.item() == plain.item(), "the value is the cross-entropy alone"
     log_z = model(tokens).exp().sum(-1).log()
-    assert_close(model(tokens, tokens, z_loss=0.1) - model(tokens, tokens), 0.1 * log_z.square().mean())
+    parameters = list(model.parameters())
+    wanted = torch.autograd.grad(plain + 0.1 * log_z.square().mean(), parameters)
+    for ours, theirs in zip(torch.autograd.grad(loss, parameters), wanted, strict=True):
+        assert_close(ours, theirs)
 
 
 def test_value_embeddings_stand_in_every_second_layer_and_start_at_zero():

@@ -64,9 +64,13 @@ def test_scaling_trains_fits_and_predicts(tmp_path, corpus, monkeypatch, capsys)
         assert row["law"] == pytest.approx(float(law(row["parameters"], row["tokens"])))
         assert row["error"] == pytest.approx(row["law"] / row["bits_per_byte"] - 1) and row["tokens"] in (3072, 6144)
     assert (tmp_path / "results/minigpt/scaling.png").exists() and "L(N, D) = " in out
+    monkeypatch.setattr(scaling, "train", None)  # nothing runs again
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
     start(scaling, monkeypatch, *flags)
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}, "nothing ran again"
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*")}
+    monkeypatch.setattr(sys, "argv", ["scaling", *map(str, flags), "--layers", "2"])
+    with pytest.raises(ValueError, match=r"holds another run, choose another --folder: layers is 1 there, 2 asked"):
+        scaling.main()
 
 
 @pytest.mark.parametrize(
@@ -77,6 +81,9 @@ def test_scaling_trains_fits_and_predicts(tmp_path, corpus, monkeypatch, capsys)
         ({"steps": "0,5"}, "steps '0,5': expected"),
         ({"widths": "32,40"}, "width 40: expected a multiple of 16"),
         ({"larger": 100}, "width 100: expected a multiple of 16"),
+        ({"larger": 96}, "larger 96: expected more than the widths"),
+        ({"widths": "32,48,032"}, "widths '32,48,032': expected at least two different"),
+        ({"widths": "32,48", "steps": "10,20"}, "2 widths and 2 steps: expected at least 6 pairs"),
     ],
 )
 def test_bad_scaling_flags(changes, message):

@@ -13,7 +13,20 @@ STEPS = 150
 
 
 def flags(folder: Path, corpus: Path) -> list:
-    return ["--preset", "tiny", "--folder", folder, "--corpus", corpus, "--steps", STEPS, "--checkpoint-every", 7, "--ema", 0.9]
+    return [
+        "--preset",
+        "tiny",
+        "--folder",
+        folder,
+        "--corpus",
+        corpus,
+        "--steps",
+        STEPS,
+        "--checkpoint-every",
+        7,
+        "--ema",
+        0.9,
+    ]
 
 
 @pytest.fixture(scope="module")
