@@ -15,8 +15,12 @@ from torch import Tensor
 from minigpt.masks import visible
 
 
+PREALLOCATED = 4096  # tokens a row
+
+
 class KVCache:
-    """For `GPT.forward(tokens_BT, cache=cache)`. Memory is in the dtype of the keys and doubles as tokens come.
+    """For `GPT.forward(tokens_BT, cache=cache)`. Memory, in the dtype of the keys, is taken once for `capacity` tokens a
+    row; beyond 4,096 it doubles as tokens come, since a model's context may be far longer than what is written.
 
     For generating, under torch.no_grad(): writing in place leaves nothing that a gradient could flow through.
     """
@@ -35,11 +39,11 @@ class KVCache:
         self.lengths_B = torch.tensor(lengths, device=self.device) if lengths_B is None else lengths_B
 
     def _reserve(self, layer: int, tokens: int, k_BGTK: Tensor) -> None:
-        """Room for so many tokens in every row, and as many again; what is not written is zero, never NaN."""
+        """Room for so many tokens in every row and more; what is not written is zero, never NaN."""
         held = self.layers.get(layer, ())
         if held and held[0].shape[2] >= tokens:
             return
-        shape = (self.batch, k_BGTK.shape[1], min(2 * tokens, self.capacity), k_BGTK.shape[3])
+        shape = (self.batch, k_BGTK.shape[1], min(max(2 * tokens, PREALLOCATED), self.capacity), k_BGTK.shape[3])
         self.layers[layer] = (k_BGTK.new_zeros(shape), k_BGTK.new_zeros(shape))
         for new_BGSK, old_BGSK in zip(self.layers[layer], held, strict=False):
             new_BGSK[:, :, : old_BGSK.shape[2]] = old_BGSK

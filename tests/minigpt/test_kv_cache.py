@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 
+from minigpt import kv_cache
 from minigpt.config import GPTConfig
 from minigpt.kv_cache import KVCache
 from minigpt.model import GPT
@@ -106,7 +107,16 @@ def test_truncated_text_is_forgotten(model):
     assert_close(model(tokens[:, 4:], cache=cache), model(tokens)[:, 4:])
 
 
-def test_memory_grows_with_the_tokens_up_to_the_capacity():
+def test_memory_is_taken_once_for_the_capacity():
+    model, cache = random_gpt(), KVCache(2, 20)
+    model(torch.randint(19, (2, 1)), cache=cache)
+    held = cache.layers[0][0]
+    model(torch.randint(19, (2, 15)), cache=cache)
+    assert held.shape[2] == 20 and cache.layers[0][0] is held
+
+
+def test_beyond_that_memory_grows_with_the_tokens_up_to_the_capacity(monkeypatch):
+    monkeypatch.setattr(kv_cache, "PREALLOCATED", 2)
     model, cache = random_gpt(), KVCache(2, 20)
     sizes = []
     for count in (1, 1, 1, 7, 10):
