@@ -109,7 +109,7 @@ def make_optimizers(
     """Every group keeps its peak as `peak_lr`; the trainer sets lr to a share of it before each step. `dtype` is what
     the hardware multiplies fast, for Muon."""
     parameters, names = dict(model.named_parameters()), group_names(model)
-    peaks = {"embedding": config.embedding_lr, "head": config.head_lr}
+    peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "rest": config.gain_lr}
     decays = {"rest": 0.0, "embedding": config.embedding_decay}
     adamw, muon = [], []
     for kind, members in names.items():

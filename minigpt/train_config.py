@@ -32,15 +32,15 @@ class TrainConfig:
     positions: Literal["rotary", "learned"] = option("rotary", "how a token knows where it stands")
     rope_base: float = option(100.0, "the slowest rotary channel turns by about 1/rope_base a token")
     norm: Literal["rmsnorm", "layernorm"] = option("rmsnorm", "normalisation before each branch")
-    mlp: Literal["swiglu", "relu2", "gelu", "gelu_tanh"] = option("relu2", "activation of the MLP")
-    mlp_width: int = option(768, "hidden channels of the MLP")
+    mlp: Literal["swiglu", "relu2", "gelu", "gelu_tanh"] = option("swiglu", "activation of the MLP")
+    mlp_width: int = option(512, "hidden channels of the MLP")
     bias: bool = option(False, "biases in the linear layers of the blocks")
     qk_norm: bool = option(True, "normalise queries and keys")
     tied: bool = option(False, "the head is the embedding matrix")
     softcap: float = option(15.0, "logits become softcap * tanh(logits / softcap); 0 for none")
     window: int = option(0, "tokens that a sliding layer sees; 0 for all")
     window_pattern: str = option("S", "S sliding, L long, repeated over the layers")
-    value_embeddings: bool = option(False, "every second layer adds an embedding of the token to its values")
+    value_embeddings: bool = option(True, "every second layer adds an embedding of the token to its values")
     vocab_multiple: int = option(64, "the vocabulary is padded to a multiple of this")
     document_mask: bool = option(False, "no attention across documents")
     # the data
@@ -50,10 +50,11 @@ class TrainConfig:
     steps: int = option(1000, "optimizer steps")
     # the optimizer
     optimizer: Literal["adamw", "muon"] = option("muon", "of the matrices in the blocks; the rest has AdamW")
-    learning_rate: float = option(1e-3, "peak of AdamW")
-    embedding_lr: float = option(0.0, "peak for the embeddings; 0 for learning_rate")
-    head_lr: float = option(0.0, "peak for the head; 0 for learning_rate")
-    muon_lr: float = option(0.02, "peak of Muon")
+    muon_lr: float = option(0.014, "peak of Muon, for the matrices")
+    learning_rate: float = option(1e-3, "peak of AdamW, for the matrices where it has them")
+    embedding_lr: float = option(0.1, "peak for the embeddings; 0 for learning_rate")
+    head_lr: float = option(0.01, "peak for the head; 0 for learning_rate")
+    gain_lr: float = option(0.01, "peak for gains and biases; 0 for learning_rate")
     momentum: float = option(0.95, "of Muon")
     beta1: float = option(0.9, "AdamW's memory of gradients")
     beta2: float = option(0.99, "AdamW's memory of squared gradients")
@@ -86,7 +87,7 @@ class TrainConfig:
                      "keep", "vocab_multiple"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        for name in ("warmup", "weight_decay", "embedding_decay", "clip", "seed", "z_loss", "embedding_lr", "head_lr",
+        for name in ("warmup", "weight_decay", "embedding_decay", "clip", "seed", "z_loss", "embedding_lr", "head_lr", "gain_lr",
                      "peak_tflops"):  # fmt: skip
             if not (0 <= getattr(self, name) < math.inf):
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or a positive number")
@@ -118,7 +119,7 @@ FREE = ("device", "keep", "checkpoint_every", "peak_tflops")
 PRESETS = {
     "laptop": TrainConfig(),
     "tiny": TrainConfig(
-        folder=Path("runs/tiny"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64, context=64,
+        folder=Path("runs/tiny"), tokenizer="bpe:512", layers=2, width=32, mlp="relu2", mlp_width=64, context=64,
         steps=60, warmup=5, eval_every=20, eval_windows=16, checkpoint_every=20,
     ),
 }  # fmt: skip

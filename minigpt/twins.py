@@ -47,6 +47,7 @@ class TwinsConfig:
         return TrainConfig(
             corpus=self.corpus, tokenizer=self.tokenizer, steps=self.steps, width=self.width, layers=self.layers,
             mlp="swiglu", mlp_width=2 * self.width, context=64, batch=8, optimizer="adamw", learning_rate=3e-3,
+            embedding_lr=0.0, head_lr=0.0, gain_lr=0.0, value_embeddings=False,
             weight_decay=0.1, schedule="cosine", warmup=10, seed=self.seed, dtype="float32", device="cpu",
         )  # fmt: skip
 

@@ -142,7 +142,16 @@ def test_swiglu_by_hand():
     assert_close(mlp(x), (gate / (1 + torch.exp(-gate)) * up) @ mlp.down.weight.T)
 
 
-@pytest.mark.parametrize("changes", [{}, {"qk_norm": False, "mlp": "swiglu", "tied": True, "softcap": 0.0}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"qk_norm": False, "mlp": "swiglu", "tied": True, "softcap": 0.0},
+        {"value_embeddings": True, "mlp": "swiglu"},
+        {"positions": "learned", "norm": "layernorm", "mlp": "gelu"},
+    ],
+    ids=str,
+)
 def test_no_token_sees_the_future(changes):
     model = random_gpt(**changes)
     tokens = torch.randint(17, (2, 10))

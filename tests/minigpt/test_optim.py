@@ -95,13 +95,15 @@ def test_every_parameter_has_one_group():
 
 
 def test_peaks_and_decays_go_where_the_config_says():
-    config = TrainConfig(muon_lr=0.5, learning_rate=0.1, embedding_lr=0.2, head_lr=0.3, weight_decay=0.4)
+    config = TrainConfig(
+        muon_lr=0.5, learning_rate=0.1, embedding_lr=0.2, head_lr=0.3, gain_lr=0.6, weight_decay=0.4, value_embeddings=False
+    )
     model = GPT(config.model_config(512))
     muon, adamw = make_optimizers(model, config)
     assert [(g["lr"], g["weight_decay"], g["momentum"]) for g in muon.param_groups] == [(0.5, 0.4, config.momentum)]
-    assert [(g["lr"], g["weight_decay"]) for g in adamw.param_groups] == [(0.2, 0.0), (0.3, 0.4), (0.1, 0.0)]
+    assert [(g["lr"], g["weight_decay"]) for g in adamw.param_groups] == [(0.2, 0.0), (0.3, 0.4), (0.6, 0.0)]
     only = make_optimizers(model, replace(config, optimizer="adamw", head_lr=0.0))
-    assert len(only) == 1 and [g["peak_lr"] for g in only[0].param_groups] == [0.1, 0.2, 0.1, 0.1]
+    assert len(only) == 1 and [g["peak_lr"] for g in only[0].param_groups] == [0.1, 0.2, 0.1, 0.6]
     assert sum(len(g["params"]) for g in only[0].param_groups) == len(list(model.parameters()))
 
 

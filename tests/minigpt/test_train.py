@@ -53,7 +53,7 @@ def test_a_step_is_torchs_optimizers_on_the_mean_loss(config, monkeypatch):
 
     monkeypatch.setattr("minigpt.optim.orthogonalize", polar)
     monkeypatch.setattr(torch.optim._muon, "_zeropower_via_newtonschulz", lambda g, *_: polar(g))
-    config = replace(config, weight_decay=0.1, embedding_lr=0.01, head_lr=0.003, embedding_decay=0.2)
+    config = replace(config, weight_decay=0.1, embedding_lr=0.01, head_lr=0.003, gain_lr=0.0, embedding_decay=0.2)
     ours, model = trainer(config), new_model(config)
     with torch.no_grad():  # a zero gradient has no polar factor: nothing may start at zero
         for p, q in zip(ours.model.parameters(), model.parameters(), strict=True):
