@@ -14,13 +14,12 @@ from torch import Tensor
 
 from minigpt.masks import visible
 
-
 PREALLOCATED = 4096  # tokens a row
 
 
 class KVCache:
-    """For `GPT.forward(tokens_BT, cache=cache)`. Memory, in the dtype of the keys, is taken once for `capacity` tokens a
-    row; beyond 4,096 it doubles as tokens come, since a model's context may be far longer than what is written.
+    """For `GPT.forward(tokens_BT, cache=cache)`. Memory, in the dtype of the keys, is taken once for `capacity` tokens
+    a row; beyond 4,096 it doubles as tokens come, since a model's context may be far longer than what is written.
 
     For generating, under torch.no_grad(): writing in place leaves nothing that a gradient could flow through.
     """

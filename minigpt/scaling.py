@@ -53,10 +53,10 @@ class ScalingConfig:
     def training(self, width: int, steps: int) -> TrainConfig:
         return TrainConfig(
             folder=self.folder / f"width{width}_steps{steps}", corpus=self.corpus, tokenizer=self.tokenizer,
-            layers=self.layers, width=width, heads=width // HEAD_WIDTH, kv_heads=width // HEAD_WIDTH,
-            mlp="relu2", mlp_width=4 * width, value_embeddings=False, context=64, eval_stride=64, batch=16, steps=steps, warmup=10, eval_every=steps,
-            checkpoint_every=steps, keep=1, muon_lr=0.02, embedding_lr=0.03,
-            head_lr=0.005, gain_lr=0.001,
+            layers=self.layers, width=width, heads=width // HEAD_WIDTH, kv_heads=width // HEAD_WIDTH, mlp="relu2",
+            mlp_width=4 * width, value_embeddings=False, context=64, eval_stride=64, batch=16, steps=steps, warmup=10,
+            muon_lr=0.02, embedding_lr=0.03, head_lr=0.005, gain_lr=0.001, eval_every=steps, checkpoint_every=steps,
+            keep=1,
         )  # fmt: skip
 
 

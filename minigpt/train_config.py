@@ -87,8 +87,8 @@ class TrainConfig:
                      "keep", "vocab_multiple"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: expected at least 1")
-        for name in ("warmup", "weight_decay", "embedding_decay", "clip", "seed", "z_loss", "embedding_lr", "head_lr", "gain_lr",
-                     "peak_tflops"):  # fmt: skip
+        for name in ("warmup", "weight_decay", "embedding_decay", "clip", "seed", "z_loss", "embedding_lr", "head_lr",
+                     "gain_lr", "peak_tflops"):  # fmt: skip
             if not (0 <= getattr(self, name) < math.inf):
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or a positive number")
         for name in ("learning_rate", "muon_lr", "eps"):

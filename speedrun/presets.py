@@ -17,8 +17,8 @@ from minigpt.train_config import TrainConfig
 CPU = TrainConfig(
     folder=Path("runs/speedrun"), tokenizer="bpe:4096", layers=4, width=192, heads=2, kv_heads=2, mlp="swiglu",
     mlp_width=512, value_embeddings=True, rope_base=100.0, softcap=15.0, context=128, eval_stride=64, batch=16,
-    steps=900, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1, head_lr=0.01, gain_lr=0.01, beta2=0.99, eval_every=100,
-    eval_windows=256, checkpoint_every=100, compile=True,
+    steps=900, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1, head_lr=0.01, gain_lr=0.01, beta2=0.99,
+    eval_every=100, eval_windows=256, checkpoint_every=100, compile=True,
 )  # fmt: skip
 GPU = replace(
     CPU, tokenizer="bpe:8192", layers=8, width=512, heads=4, kv_heads=4, mlp_width=1408, rope_base=10_000.0,

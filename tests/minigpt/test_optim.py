@@ -96,7 +96,13 @@ def test_every_parameter_has_one_group():
 
 def test_peaks_and_decays_go_where_the_config_says():
     config = TrainConfig(
-        muon_lr=0.5, learning_rate=0.1, embedding_lr=0.2, head_lr=0.3, gain_lr=0.6, weight_decay=0.4, value_embeddings=False
+        muon_lr=0.5,
+        learning_rate=0.1,
+        embedding_lr=0.2,
+        head_lr=0.3,
+        gain_lr=0.6,
+        weight_decay=0.4,
+        value_embeddings=False,
     )
     model = GPT(config.model_config(512))
     muon, adamw = make_optimizers(model, config)
