@@ -54,7 +54,7 @@ bench: native
 gpu: native
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m common.timing --device cuda --out $(OUT)
-	$(RUN) -m minigpt.bench --device cuda --out $(OUT)
+	$(RUN) -m minigpt.bench --device cuda --rounds 7 --out $(OUT)
 	rm -rf build/speedrun
 	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)

@@ -60,8 +60,8 @@ def test_a_step_is_torchs_optimizers_on_the_mean_loss(config, monkeypatch):
             q.copy_(torch.randn(q.shape, generator=torch.Generator().manual_seed(q.numel())) * 0.1 + (q.ndim == 1))
             p.copy_(q)
     named = dict(model.named_parameters())
-    matrices = {name for name, p in named.items() if p.ndim == 2 and name.startswith("blocks")}
-    peaks = {"embedding.weight": (0.01, 0.2), "head.weight": (0.003, 0.1)}
+    matrices = [name for name, p in named.items() if p.ndim == 2 and name.startswith("blocks") and "emb" not in name]
+    peaks = {name: (0.01, 0.2) for name in named if "embedding" in name} | {"head.weight": (0.003, 0.1)}
     groups = [{"params": [named[name]], "peak": peaks.get(name, (1e-3, 0.0))} for name in named if name not in matrices]
     groups = [{**group, "weight_decay": group["peak"][1]} for group in groups]
     adamw = torch.optim.AdamW(groups, betas=(0.9, config.beta2), foreach=False, fused=False)
@@ -283,7 +283,7 @@ def test_nan_in_the_loss_stops_and_keeps_the_last_good_checkpoint(config):
 
 def test_an_absurd_learning_rate_stops(config):
     with pytest.raises(UserError, match=r"at step \d+: stopped; .*run holds step 0, the last good one"):
-        train(replace(config, learning_rate=1e38, warmup=0, checkpoint_every=1))
+        train(replace(config, embedding_lr=1e38, warmup=0, checkpoint_every=1))
     assert all(p.isfinite().all() for p in load_run(config.folder)[0].parameters())
 
 
