@@ -105,7 +105,7 @@ def _loop(trainer: Trainer, notes: list[str]) -> None:
     flops = trainer.model.num_flops_per_token() * config.batch * config.context / (peak * world.world_size)
     log = RunLog(config.folder, config, total_steps=config.steps, start_step=trainer.step, enabled=enabled)
     batches = Prefetcher(trainer.make_batch, world.device)
-    with log, interruptible() as interrupted, batches:
+    with log, interruptible() as interrupted, batches, reproducible(config.compile and world.device.type == "cpu"):
         for note in notes:
             log.message(note)
         while trainer.step < config.steps:
@@ -150,6 +150,21 @@ def refuse_existing(folder: Path) -> None:
         raise ValueError(
             f"{folder} already holds a run ({left[0]}): continue with --resume, or choose another --folder"
         )
+
+
+@contextmanager
+def reproducible(needed: bool) -> Iterator[None]:
+    """Compiled for a CPU, threads add up the gradient of an embedding in the order in which they come, unless torch is
+    told to be deterministic. Eager code on a CPU gives the same bits as it is."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
+    if needed:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # would only cost time: nothing reads it
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.utils.deterministic.fill_uninitialized_memory = before[1]
 
 
 @contextmanager

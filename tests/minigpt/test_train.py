@@ -240,6 +240,22 @@ def test_compiled_steps_are_the_eager_ones(config, changes, checkpointing, monke
         assert error <= 1e-4, error
 
 
+def test_compiled_runs_are_told_to_be_deterministic(config, monkeypatch):
+    """On a CPU, compiled code gives the same bits in two runs only then; checked by hand at full size."""
+    seen, compile = [], torch.compile
+
+    def spy(model):
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        compiled = compile(model, backend="eager")
+        return lambda *rows, **options: (
+            seen.append(torch.are_deterministic_algorithms_enabled()) or compiled(*rows, **options)
+        )
+
+    monkeypatch.setattr(torch, "compile", spy)
+    train(replace(config, steps=2, compile=True))
+    assert seen == [False, True, True] and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_an_unused_parameter_does_not_stop_the_ranks(config):
     """A gradient that only other ranks have: zero here."""
     each = trainer(config, grad_sync=lambda tensors: [tensor.mul_(1) for tensor in tensors])
