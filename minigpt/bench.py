@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import cli, timing
+from common.cli import UserError
 from common.results import save_result
 from minigpt.config import GPTConfig
 from minigpt.generate import generate
@@ -223,6 +224,8 @@ def bench_sampling(config: BenchConfig, device: str) -> list[dict[str, Any]]:
 
 def main() -> None:
     config = cli.parse(BenchConfig, prog=cli.program(), description="training and sampling speed beside peers")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: this machine has no CUDA device")
     device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
     for name, bench in (("training", bench_training), ("sampling", bench_sampling)):
         if config.what not in ("all", name):

@@ -1,5 +1,6 @@
 """Starting the training programs as a user does: real processes, one thread each, a time limit, killed at the end."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -40,13 +41,28 @@ def run(module: str, *arguments: object, **options) -> tuple[int, str, str]:
     return finish(start(module, *arguments, **options))
 
 
-def send_after(process: subprocess.Popen, folder: Path, lines: int, signal_number: int) -> tuple[int, str, str]:
-    """Sends the signal once metrics.jsonl has that many lines."""
+def descendants(pid: int) -> list[int]:
+    """The process and all that it started, by /proc: torchrun gives each of its ranks a session of its own."""
+    parents = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:
+        found += [child for child, parent in parents.items() if parent == one]
+    return found
+
+
+def send_after(
+    process: subprocess.Popen, folder: Path, lines: int, signal_number: int, *, group: bool = False
+) -> tuple[int, str, str]:
+    """Sends the signal, to the process or to all that it started, once metrics.jsonl has that many lines."""
     deadline = time.monotonic() + LIMIT_S
     path = folder / "metrics.jsonl"
     while process.poll() is None and time.monotonic() < deadline:
         if path.exists() and path.read_bytes().count(b"\n") >= lines:
-            os.kill(process.pid, signal_number)
+            for pid in descendants(process.pid) if group else [process.pid]:
+                os.kill(pid, signal_number)
             break
         time.sleep(0.002)
     return finish(process)

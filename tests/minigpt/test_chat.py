@@ -228,6 +228,11 @@ def folder(tmp_path_factory):
     return folder
 
 
+def heed_interrupts() -> None:
+    """What a shell starts in the background ignores Ctrl-C, and so would all that it starts: these tests, say."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def program(folder):
     """Starts the program with pipes; killed at the end if it is still there."""
@@ -236,8 +241,10 @@ def program(folder):
     def start(*flags: str) -> subprocess.Popen:
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         command = [sys.executable, "-m", "minigpt.chat", "--folder", str(folder), *flags]
-        started.append(subprocess.Popen(command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, **pipes))
-        return started[-1]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, preexec_fn=heed_interrupts, **pipes)
+        started.append(process)
+        return process
 
     yield start
     for process in started:

@@ -48,11 +48,20 @@ def rows(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_ranks_are_one_process(alone, tmp_path, corpus):
-    folder = tmp_path / "two"
-    options = ("--accumulate", 2, "--ema", 0.9)
-    code, out, err = run("speedrun.train", *flags(folder, corpus), *options, launcher=TORCHRUN)
+TWO = ("--accumulate", 2, "--ema", 0.9)
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, corpus) -> tuple[Path, str]:
+    """The same run by two ranks, each in two parts: its folder and what it printed."""
+    folder = tmp_path_factory.mktemp("runs") / "two"
+    code, out, err = run("speedrun.train", *flags(folder, corpus), *TWO, launcher=TORCHRUN)
     assert code == 0, err
+    return folder, out
+
+
+def test_two_ranks_are_one_process(two, tmp_path, corpus):
+    folder, out = two
     code, _, err = run("speedrun.train", *flags(tmp_path / "one", corpus), "--ema", 0.9)
     assert code == 0, err
     ours, theirs = rows(folder), rows(tmp_path / "one")
@@ -66,6 +75,20 @@ def test_two_ranks_are_one_process(alone, tmp_path, corpus):
         error = (weights[name] - value).abs().max().item()
         assert error <= 5e-3, f"{name}: {error}"
     assert out.count("bits per byte ") == 1 and "on 2 ranks" in out, "rank 0 alone speaks"
+
+
+def test_two_ranks_killed_and_resumed_end_like_the_undisturbed_ones(two, tmp_path, corpus):
+    folder = tmp_path / "killed"
+    process = start("speedrun.train", *flags(folder, corpus), *TWO, launcher=TORCHRUN)
+    code, *_ = send_after(process, folder, 12, signal.SIGKILL, group=True)
+    assert code == -signal.SIGKILL
+    assert 10 <= load_checkpoint(folder)[0].state["step"] < PRESETS["smoke"].steps
+    code, _, err = run("speedrun.train", "--folder", folder, "--resume", launcher=TORCHRUN)
+    assert code == 0, err
+    assert (folder / "metrics.jsonl").read_bytes() == (two[0] / "metrics.jsonl").read_bytes()
+    for group in ("model", "ema", "optimizer"):
+        ours, theirs = (load_checkpoint(each)[0].tensors(group) for each in (folder, two[0]))
+        assert theirs and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
 def test_a_batch_that_two_ranks_cannot_share(tmp_path, corpus):
