@@ -7,12 +7,12 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from minigpt.config import GPTConfig
 from minigpt.generate import Rows, generate, stream_text
 from minigpt.hf import load_pretrained
 from minigpt.model import GPT
 from minigpt.sampling import Sampling
 from minigpt.tokenizer import Tokenizer
+from tests.minigpt import models
 
 GREEDY = Sampling(temperature=0)
 SMALL = {"vocab_size": 23, "context": 12, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 12}
@@ -30,12 +30,7 @@ PROMPTS = [[5, 3], [1] * 12, [7, 8, 9, 10, 2], [22]]
 
 
 def random_gpt(**changes) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SMALL, **changes})).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.5 + (p.ndim == 1))
-    return model
+    return models.random_gpt(spread=0.5, **{**SMALL, **changes})
 
 
 def columns(steps) -> list[list[int]]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from minigpt import kv_cache
-from minigpt.config import GPTConfig
 from minigpt.kv_cache import KVCache
 from minigpt.model import GPT
+from tests.minigpt import models
 
 SMALL = {"vocab_size": 19, "context": 24, "layers": 3, "width": 16, "heads": 4, "kv_heads": 4, "mlp_width": 12}
 KINDS = {
@@ -23,12 +23,7 @@ KINDS = {
 
 
 def random_gpt(**changes) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SMALL, **changes})).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.3 + (p.ndim == 1))
-    return model
+    return models.random_gpt(**{**SMALL, **changes})
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS)

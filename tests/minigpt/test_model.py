@@ -10,17 +10,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt.config import GPTConfig
 from minigpt.model import GPT, MLP, causal_attention, rotary_speeds, rotary_tables, rotate, short_attention
+from tests.minigpt import models
 
 SMALL = {"vocab_size": 17, "context": 10, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 12}
 
 
 def random_gpt(**changes) -> GPT:
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(**{**SMALL, **changes})).double()
-    with torch.no_grad():
-        for p in model.parameters():
-            p.copy_(torch.randn_like(p) * 0.3 + (p.ndim == 1))
-    return model
+    return models.random_gpt(**{**SMALL, **changes})
 
 
 def seen_by(model: GPT, tokens: torch.Tensor, **options) -> torch.Tensor:
