@@ -27,6 +27,11 @@ def test_twins_coincide_in_float64(tmp_path, corpus, monkeypatch, capsys):
     assert (tmp_path / "minigpt/twins.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_nan_in_either_twin_is_no_small_distance():
+    assert math.isnan(twins.largest_distance([1.0, math.nan, 2.0], [1.0, 1.0, 2.0]))
+    assert twins.largest_distance([1.0, 3.0], [1.5, 3.25]) == 0.5
+
+
 def test_twins_would_show_a_difference(corpus):
     """One of the two with another learning rate: the distance is then far from nothing."""
     config = twins.TwinsConfig(corpus=str(corpus), steps=8).training()
