@@ -21,7 +21,6 @@
 #define __shared__ static thread_local  // an OS thread runs one block at a time, or one cluster (then: refused)
 #define __constant__ static
 #define __forceinline__ inline __attribute__((always_inline))
-#define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __cluster_dims__(...)

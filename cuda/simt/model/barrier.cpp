@@ -1,0 +1,194 @@
+// Where threads meet: __syncthreads and named barriers, cluster barriers, warp operations, and the register pool that
+// setmaxnreg draws on.
+#include <algorithm>
+
+#include "state.h"
+
+namespace simt::model {
+
+namespace {
+
+// A barrier of all threads of the only block: the checker can order them all at once.
+bool is_full(const Cta& block, const Barrier& barrier) {
+  return barrier.expected == 0 && block.gang->blocks.size() == 1;
+}
+
+void complete(Cta& block, Barrier& barrier, Thread* last) {
+  if (is_full(block, barrier)) {
+    check::everyone(*block.gang);
+  } else {
+    if (last) check::acquire(barrier.clock, *last);
+    for (Thread* thread : barrier.waiting) check::acquire(barrier.clock, *thread);
+  }
+  barrier.clock = {};
+  barrier.arrived = barrier.expected = 0;
+  std::vector<Thread*> waiting;
+  waiting.swap(barrier.waiting);
+  for (Thread* thread : waiting) wake(thread);
+  waiting.clear();
+  barrier.waiting.swap(waiting);  // keeps its capacity
+}
+
+Barrier& enter(Cta& block, int id, int threads, Site site) {
+  if (id < 0 || id > 15) fail("named barrier " + std::to_string(id) + ": ids are 0 to 15", site);
+  if (threads < 0 || threads % 32)
+    fail("named barrier " + std::to_string(id) + ": " + std::to_string(threads) + " threads, not a multiple of 32", site);
+  Barrier& barrier = block.barriers[id];
+  if (barrier.arrived && barrier.expected != threads)
+    fail("named barrier " + std::to_string(id) + ": it expects " + std::to_string(threads) + " threads here, but " +
+             std::to_string(barrier.expected) + " where others arrived",
+         site);
+  barrier.expected = threads;
+  Thread& thread = *self();
+  if (!is_full(block, barrier)) check::release(barrier.clock, thread);
+  ++barrier.arrived;
+  const int expected = threads ? threads : int(block.alive);
+  if (barrier.arrived > expected)
+    fail("named barrier " + std::to_string(id) + ": more than the expected " + std::to_string(expected) + " threads", site);
+  return barrier;
+}
+
+bool is_complete(const Cta& block, const Barrier& barrier) {
+  return barrier.arrived >= (barrier.expected ? barrier.expected : int(block.alive));
+}
+
+unsigned living(const Cluster& cluster) {
+  unsigned count = 0;
+  for (const Cta* block : cluster.blocks) count += block->alive;
+  return count;
+}
+
+void complete_if_all_arrived(Cluster& cluster) {
+  if (!cluster.arrived || cluster.arrived < living(cluster)) return;
+  cluster.arrived = 0;
+  ++cluster.phase;
+  for (Thread* thread : cluster.waiting) {
+    check::acquire(cluster.clock, *thread);
+    wake(thread);
+  }
+  cluster.waiting.clear();
+}
+
+}  // namespace
+
+void barrier_sync(int id, int threads, Site site) {
+  Inside inside;
+  Thread& thread = *self();
+  Cta& block = *thread.cta;
+  Barrier& barrier = enter(block, id, threads, site);
+  check::count(check::Count::barrier_waits, 1, site);
+  if (is_complete(block, barrier)) return complete(block, barrier, &thread);
+  barrier.waiting.push_back(&thread);
+  block_on(Waits::barrier, &barrier, uint64_t(id), site);
+}
+
+void barrier_arrive(int id, int threads, Site site) {
+  Inside inside;
+  if (!threads) fail("bar.arrive needs the number of threads", site);
+  Cta& block = *self()->cta;
+  Barrier& barrier = enter(block, id, threads, site);
+  if (is_complete(block, barrier)) complete(block, barrier, nullptr);
+}
+
+void cluster_arrive(Site site) {
+  Inside inside;
+  Thread& thread = *self();
+  Cluster& cluster = *thread.cta->cluster;
+  if (thread.cluster_arrived) fail("barrier.cluster.arrive twice without a wait between", site);
+  thread.cluster_arrived = true;
+  thread.cluster_phase = cluster.phase;
+  check::release(cluster.clock, thread);
+  ++cluster.arrived;
+  complete_if_all_arrived(cluster);
+}
+
+void cluster_wait(Site site) {
+  Inside inside;
+  Thread& thread = *self();
+  Cluster& cluster = *thread.cta->cluster;
+  if (!thread.cluster_arrived) fail("barrier.cluster.wait without an arrive before it", site);
+  thread.cluster_arrived = false;
+  check::count(check::Count::barrier_waits, 1, site);
+  if (cluster.phase != thread.cluster_phase) return check::acquire(cluster.clock, thread);
+  cluster.waiting.push_back(&thread);
+  block_on(Waits::cluster, &cluster, cluster.phase, site);
+}
+
+void leave_barriers(Thread& thread) {
+  Cta& block = *thread.cta;
+  Barrier& barrier = block.barriers[0];
+  if (barrier.arrived && !barrier.expected && is_complete(block, barrier)) complete(block, barrier, nullptr);
+  complete_if_all_arrived(*block.cluster);
+}
+
+// ---- warps ---------------------------------------------------------------------------------------------------------
+
+void warp_collective(unsigned mask, WarpOp kind, void* payload, void (*operate)(void**, unsigned), Site site) {
+  Inside inside;
+  Thread& thread = *self();
+  Cta& block = *thread.cta;
+  const unsigned lane = thread.linear % 32, lanes = std::min(32u, block.count - thread.linear / 32 * 32);
+  if (lanes < 32) mask &= (1u << lanes) - 1;
+  if (!(mask >> lane & 1)) fail("a lane takes part in a warp operation whose mask does not name it", site);
+  auto& open = block.warps[thread.linear / 32].open;
+  size_t i = 0;
+  while (i < open.size() && open[i].mask != mask) ++i;
+  if (i == open.size()) open.push_back({mask, 0, kind, site, {}, {}, {}});
+  if (open[i].kind != kind)
+    fail("lanes of one warp meet in different operations: the others are at " + at(open[i].site), site);
+  open[i].arrived |= 1u << lane;
+  open[i].payload[lane] = payload;
+  open[i].lane[lane] = &thread;
+  if (kind == WarpOp::syncwarp) check::release(open[i].clock, thread);
+  if (open[i].arrived != mask) return block_on(Waits::warp, &block.warps[thread.linear / 32], mask, site);
+  Collective all = std::move(open[i]);
+  open.erase(open.begin() + long(i));
+  if (operate) operate(all.payload, mask);
+  for (int l = 0; l < 32; ++l) {
+    if (!(mask >> l & 1)) continue;
+    if (kind == WarpOp::syncwarp) check::acquire(all.clock, *all.lane[l]);
+    if (all.lane[l] != &thread) wake(all.lane[l]);
+  }
+}
+
+// PTX promises one leader for a mask, not which. Orders that look for trouble take another than the lowest lane.
+bool elect(unsigned mask, Site site) {
+  struct Election {
+    unsigned leader;
+  } election{0};
+  warp_collective(mask, WarpOp::elect, &election, [](void** payloads, unsigned mask) {
+    const Order order = worker->options.order;
+    unsigned leader = unsigned(__builtin_ctz(mask));
+    if (order == Order::random || order == Order::priority) {
+      unsigned skip = unsigned(worker->options.seed * 2654435761u >> 7) % unsigned(__builtin_popcount(mask));
+      for (unsigned rest = mask; skip-- > 0;) leader = unsigned(__builtin_ctz(rest &= rest - 1));
+    }
+    for (int lane = 0; lane < 32; ++lane)
+      if (mask >> lane & 1) static_cast<Election*>(payloads[lane])->leader = leader;
+  }, site);
+  return election.leader == self()->linear % 32;
+}
+
+// ---- setmaxnreg: registers belong to the block; a warp that gives some back lets another have them --------------------
+
+void set_registers(int registers, bool increase, Site site) {
+  Thread& thread = *self();
+  Cta& block = *thread.cta;
+  warp_collective(~0u, WarpOp::setmaxnreg, nullptr, nullptr, site);
+  Inside inside;
+  Warp& warp = block.warps[thread.linear / 32];
+  if (warp.registers == registers) return;  // another lane has done it
+  if (increase != (registers > warp.registers))
+    fail(std::string("setmaxnreg.") + (increase ? "inc" : "dec") + " to " + std::to_string(registers) +
+             " registers from " + std::to_string(warp.registers),
+         site);
+  while (warp.registers != registers && (registers - warp.registers) * 32 > block.free_registers)
+    block_on(Waits::registers, &block, uint64_t(registers), site);
+  if (warp.registers == registers) return;
+  block.free_registers -= (registers - warp.registers) * 32;
+  warp.registers = registers;
+  for (unsigned i = 0; i < block.count; ++i)
+    if (block.threads[i].state == State::waiting && block.threads[i].waits == Waits::registers) wake(&block.threads[i]);
+}
+
+}  // namespace simt::model

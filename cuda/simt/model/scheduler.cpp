@@ -1,0 +1,216 @@
+// Which CUDA thread runs next. Threads give way only inside the model, so an order of threads is a schedule; it is
+// chosen by Options.order and the seed. When nobody can run, a delayed asynchronous operation happens; when there is
+// none either, the block is deadlocked.
+#include <algorithm>
+
+#include "state.h"
+
+namespace simt::model {
+
+__thread ThreadContext* current;
+__thread Worker* worker;
+
+void fiber_entry();
+
+namespace {
+
+constexpr unsigned polls_before_yield = 32;      // atomics are not all spins
+constexpr uint64_t idle_rounds_allowed = 2000;   // all threads that could run asked in vain, this often
+constexpr uint64_t leader_falls_back_every = 4096;
+
+void enqueue(Thread* thread) {
+  thread->state = State::ready;
+  thread->waits = Waits::nothing;
+  if (worker->options.order == Order::priority)
+    thread->cta->warps[thread->linear / 32].ready.push_back(thread);
+  else
+    worker->ready.push_back(thread);
+}
+
+Thread* take(std::vector<Thread*>& from, size_t index) {
+  std::swap(from[index], from.back());
+  Thread* thread = from.back();
+  from.pop_back();
+  return thread;
+}
+
+// A warp runs as far ahead of the others as its waits allow; now and then the leader becomes the last.
+Thread* take_by_priority(Worker& w) {
+  Warp *best = nullptr, *leader = nullptr;
+  int lowest = 0;
+  for (auto& block : w.gang.blocks)
+    for (Warp& warp : block->warps) {
+      if (!leader || warp.rank > leader->rank) leader = &warp;
+      lowest = std::min(lowest, warp.rank);
+      if (!warp.ready.empty() && (!best || warp.rank > best->rank)) best = &warp;
+    }
+  if (w.random() % leader_falls_back_every == 0) leader->rank = lowest - 1;
+  return best ? take(best->ready, w.random() % best->ready.size()) : nullptr;
+}
+
+Thread* dequeue(Worker& w) {
+  if (w.options.order == Order::priority) return take_by_priority(w);
+  if (w.head == w.ready.size()) return nullptr;
+  if (w.options.order == Order::fifo) {
+    Thread* thread = w.ready[w.head++];
+    if (w.head == w.ready.size() || w.head == 65536) {
+      w.ready.erase(w.ready.begin(), w.ready.begin() + w.head);
+      w.head = 0;
+    }
+    return thread;
+  }
+  return take(w.ready, w.options.order == Order::random ? w.random() % w.ready.size() : w.ready.size() - 1);
+}
+
+// The next to run; null when the gang is over. Raises Error on a deadlock.
+Thread* pick() {
+  Worker& w = *worker;
+  for (;;) {
+    ++w.steps;
+    if (w.options.async == Async::random && async_pending(w.gang) && w.random() % 16 == 0) async_progress(w.gang);
+    if (Thread* thread = dequeue(w)) return thread;
+    if (!w.gang.alive) return nullptr;
+    if (async_progress(w.gang)) {
+      ++w.progress;
+      continue;
+    }
+    if (w.progress != w.progress_seen)
+      w.progress_seen = w.progress, w.idle_rounds = 0;
+    else if (w.polling.empty() || ++w.idle_rounds > idle_rounds_allowed)
+      deadlock(w);
+    for (Thread* thread : w.polling) enqueue(thread);
+    w.polling.clear();
+  }
+}
+
+void become(Thread* thread) {
+  current = thread;
+  thread->state = State::running;
+}
+
+void go_on_with(Fiber& from, Thread* next) {  // null: back to run_threads
+  Worker& w = *worker;
+  if (!next) {
+    current = nullptr;
+    return Fiber::switch_to(from, w.main);
+  }
+  if (!next->fiber) {
+    if (w.free_fibers.empty()) {
+      w.fibers.push_back(std::make_unique<Fiber>(fiber_entry));
+      w.free_fibers.push_back(w.fibers.back().get());
+    }
+    next->fiber = w.free_fibers.back();
+    w.free_fibers.pop_back();
+  }
+  become(next);
+  Fiber::switch_to(from, *next->fiber);
+}
+
+void give_way() {
+  Thread* thread = self();
+  Thread* next = pick();
+  if (next == thread) return become(thread);
+  go_on_with(*thread->fiber, next);
+}
+
+void leave(Thread& thread) {
+  Cta& block = *thread.cta;
+  thread.state = State::done;
+  --block.alive;
+  --block.gang->alive;
+  ++worker->progress;
+  leave_barriers(thread);
+  if (block.alive) return;
+  const std::string leftover = async_leftover(block);
+  if (!leftover.empty()) throw Error(leftover);
+  async_exit(block);
+}
+
+}  // namespace
+
+// What a fiber runs: one thread after the other, as long as threads that have not started are next.
+void fiber_entry() {
+  Worker& w = *worker;
+  for (;;) {
+    Thread* thread = self();
+    Fiber* mine = thread->fiber;
+    Thread* next = nullptr;
+    std::string error;
+    try {
+      w.entry(w.argument);
+      ++thread->inside;
+      leave(*thread);
+      next = pick();
+    } catch (const std::exception& caught) {
+      error = caught.what();
+    }
+    if (!error.empty()) abandon(w, *mine, std::move(error));
+    thread->fiber = nullptr;
+    if (next && !next->fiber) {
+      next->fiber = mine;
+      become(next);
+      continue;
+    }
+    w.free_fibers.push_back(mine);
+    go_on_with(*mine, next);
+  }
+}
+
+void block_on(Waits waits, const void* object, uint64_t detail, Site site) {
+  Thread* thread = self();
+  thread->state = State::waiting;
+  thread->waits = waits;
+  thread->object = object;
+  thread->detail = detail;
+  thread->site = site;
+  give_way();
+}
+
+void wake(Thread* thread) {
+  ++worker->progress;
+  enqueue(thread);
+}
+
+void poll(Site site) {
+  Thread* thread = self();
+  if (++thread->polls < polls_before_yield) return;
+  Inside inside;
+  thread->polls = 0;
+  thread->state = State::polling;
+  thread->site = site;
+  worker->polling.push_back(thread);
+  give_way();
+}
+
+void progressed() { ++worker->progress; }
+
+uint64_t clock() { return ++worker->steps; }
+
+void abandon(Worker& w, Fiber& running, std::string error) {
+  w.error = std::move(error);
+  current = nullptr;
+  Fiber::switch_to(running, w.main);
+  __builtin_unreachable();
+}
+
+void run_threads(Worker& w) {
+  w.ready.clear();
+  w.head = 0;
+  w.polling.clear();
+  w.progress = w.progress_seen = w.idle_rounds = 0;
+  for (Thread& thread : w.gang.threads) enqueue(&thread);
+  if (w.options.order == Order::random)
+    for (size_t i = w.ready.size(); i > 1; --i) std::swap(w.ready[i - 1], w.ready[w.random() % i]);
+  Thread* first = pick();
+  watch(w);
+  go_on_with(w.main, first);
+  unwatch(w);
+  if (w.error.empty()) return;
+  w.free_fibers.clear();  // threads were left in the middle: take every stack back
+  for (auto& fiber : w.fibers) {
+    fiber->rewind();
+    w.free_fibers.push_back(fiber.get());
+  }
+}
+
+}  // namespace simt::model
