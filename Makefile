@@ -16,6 +16,11 @@ endif
 
 .PHONY: test speedrun native bench gpu clean
 
+# What `native` builds: everything; for tests, the kernels that only they run as well; for the speedrun, the tokenizer.
+TARGETS := all
+test gpu: TARGETS := all test_kernels
+speedrun: TARGETS := _bpe
+
 test: native
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
@@ -40,7 +45,7 @@ native: $(READY)
 	  cmake -S . -B "$$folder" $$(command -v ninja >/dev/null && echo -G Ninja) -DPython_EXECUTABLE="$$python"; \
 	  touch "$$folder/.configured"; \
 	fi; \
-	cmake --build "$$folder" --parallel
+	cmake --build "$$folder" --parallel --target $(TARGETS)
 
 bench: native
 	$(RUN) -m common.timing --device cpu --out $(OUT)
@@ -48,12 +53,14 @@ bench: native
 	$(RUN) -m minigpt.bench_tokenizer --out $(OUT)
 	$(RUN) -m minigpt.bench --device cpu --out $(OUT)
 	$(RUN) -m minigpt.twins --out $(OUT)
+	$(RUN) -m cuda.bench_matmul --device cpu --out $(OUT)
 	rm -rf build/scaling
 	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)
 
 gpu: native
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m common.timing --device cuda --out $(OUT)
+	$(RUN) -m cuda.bench_matmul --device cuda --budget-s 170 --out $(OUT)
 	$(RUN) -m minigpt.bench --device cuda --rounds 7 --out $(OUT)
 	rm -rf build/speedrun
 	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun

@@ -65,13 +65,15 @@ def compare(
     check: Callable[[dict[str, Any]], bool | None] | None,
     device: Any = "cpu",
     inner: int | None = None,
+    before: Callable[[str], None] | None = None,
 ) -> dict[str, Samples]:
     """Times functions without arguments against each other: `rounds` samples each, after `warmup` calls each.
 
     `check` gets {name: what the function returned} before anything is timed; it passes by returning True or None, and
     fails by returning False or by an AssertionError or ValueError (`close` makes one). A NaN in a result fails too.
     None says there is nothing to compare. `inner` is the number of calls a sample averages; None takes as many as fill
-    5 ms. On CUDA each call is timed on its own, with a cold L2 cache, however many a sample has.
+    5 ms. On CUDA each call is timed on its own, with a cold L2 cache, however many a sample has. `before(name)` is
+    called ahead of each sample of that function, and is not timed: for a rest, or a note to a power meter.
     Raises ValueError, before timing, for a failed check and for bad arguments.
     """
     if not functions:
@@ -92,6 +94,8 @@ def compare(
         calls[name] = inner or _calibrate(clock, function, MAX_INNER[kind])
     for _ in range(rounds):
         for name, function in functions.items():  # A B A B: drift of the machine meets all alike
+            if before is not None:
+                before(name)
             settle(function)
             raw[name].append(clock(function, calls[name]) / calls[name])
     return {name: Samples(tuple(raw[name]), calls[name]) for name in functions}

@@ -36,7 +36,8 @@ struct Problem {
 };
 
 // Each step starts its kernel and returns. All raise std::invalid_argument, before any launch, for what they do not take:
-// 01-07 want in == out == f32; 08-16 want bf16 or f16; 09-16 want addresses and row strides that TMA can describe.
+// 01-07 want in == out == f32; 08-16 want bf16 or f16, 09-15 the same type out; 09-16 want addresses and row strides
+// that TMA can describe.
 void naive_01(const Problem&);
 void coalesced_02(const Problem&);
 void shared_03(const Problem&);
@@ -54,11 +55,19 @@ void multicast_14(const Problem&);
 void tma_store_15(const Problem&);
 
 // The last step is a family: one kernel, several tile shapes. The dispatcher (cuda/dispatch.py) picks by shape.
+//
+//   tile_m x tile_n   128 x 256, 128 x 128, 64 x 64                all layouts
+//                     128 x 192, 192 x 192, 64 x 256, 64 x 128     a row-major and b transposed alone
+//   cluster           1 or 2; 1 for 64 x 256 and 64 x 64
+//   split_k           2, 4 or 8 with 128 x 128, 2 or 4 with 64 x 64, all layouts; the slices are the cluster then
+enum class Cache : int { normal, first, last };  // evicted from L2 when it is its turn, first of all, last of all
 struct Tiling {
   int tile_m = 128, tile_n = 256;
   int cluster = 2;   // blocks along m that share their tile of B
   int split_k = 1;   // products over slices of k, summed through the cluster's shared memory
-  int raster = 0;    // 0 Hilbert curve, 1.. groups of that many rows of tiles
+  int raster = 8;    // 0 Hilbert curve, 1.. groups of that many rows of tiles (of clusters of them)
+  int stagger = 1;   // stages by which a consumer starts ahead of the next, so that one multiplies while one stores
+  Cache cache_a = Cache::normal, cache_b = Cache::normal, cache_d = Cache::first;
 };
 void best_16(const Problem&, const Tiling&);
 

@@ -6,6 +6,9 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -27,6 +30,8 @@ struct Launch {
   unsigned cluster = 1;      // blocks of a cluster, along x
   bool co_resident = false;  // blocks wait for each other: the grid must fit on the GPU at once
   void* stream = nullptr;
+  bool overlap = false;  // may start while the grid before it ends: the kernel calls griddepcontrol_wait before it
+                         // touches global memory
 };
 
 // The block's dynamic shared memory, as one struct.
@@ -36,14 +41,42 @@ __device__ __forceinline__ T& dynamic_shared() {
   return *reinterpret_cast<T*>(simt_shared_memory);
 }
 
+inline int current_device() {
+  int device = 0;
+  check(cudaGetDevice(&device), "current device");
+  return device;
+}
+
+// How many multiprocessors the current device has. Asked once a device: the runtime takes a microsecond to answer.
+inline int multiprocessors() {
+  constexpr int devices = 64;
+  static std::atomic<int> known[devices];
+  const int device = current_device();
+  int count = device < devices ? known[device].load(std::memory_order_relaxed) : 0;
+  if (count == 0) {
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+    if (device < devices) known[device].store(count, std::memory_order_relaxed);
+  }
+  return count;
+}
+
+// Lets blocks of the kernel have so much dynamic shared memory. Said once a device and kernel.
+inline void allow_shared_memory(const void* kernel, size_t bytes) {
+  static std::mutex lock;
+  static std::map<std::pair<int, const void*>, size_t> allowed;
+  const std::lock_guard<std::mutex> guard(lock);
+  size_t& most = allowed[{current_device(), kernel}];
+  if (bytes <= most) return;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes)),
+        "shared memory of a block");
+  most = bytes;
+}
+
 // Starts the grid on the stream and returns. Raises std::runtime_error with CUDA's reason when it cannot start.
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), const Launch& shape, Arguments&&... arguments) {
-  if (shape.shared_bytes > 48 * 1024)
-    check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                               int(shape.shared_bytes)),
-          "shared memory of a block");
-  cudaLaunchAttribute attributes[2];
+  if (shape.shared_bytes > 48 * 1024) allow_shared_memory(reinterpret_cast<const void*>(kernel), shape.shared_bytes);
+  cudaLaunchAttribute attributes[3];
   unsigned count = 0;
   if (shape.cluster > 1) {
     attributes[count].id = cudaLaunchAttributeClusterDimension;
@@ -55,6 +88,10 @@ void launch(void (*kernel)(Parameters...), const Launch& shape, Arguments&&... a
     attributes[count].id = cudaLaunchAttributeCooperative;
     attributes[count++].val.cooperative = 1;
   }
+  if (shape.overlap) {
+    attributes[count].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[count++].val.programmaticStreamSerializationAllowed = 1;
+  }
   cudaLaunchConfig_t config = {};
   config.gridDim = shape.grid;
   config.blockDim = shape.block;
@@ -65,14 +102,6 @@ void launch(void (*kernel)(Parameters...), const Launch& shape, Arguments&&... a
   check(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...), "kernel launch");
 }
 
-// How many multiprocessors the current device has.
-inline int multiprocessors() {
-  int device = 0, count = 0;
-  check(cudaGetDevice(&device), "current device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
-  return count;
-}
-
 inline CUtensorMap tensor_map(const void* base, DataType type, const TensorShape& shape, Swizzle swizzle,
                               L2Promotion promotion = L2Promotion::b128) {
   using Encode = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
@@ -80,9 +109,17 @@ inline CUtensorMap tensor_map(const void* base, DataType type, const TensorShape
                               CUtensorMapSwizzle, CUtensorMapL2promotion, CUtensorMapFloatOOBfill);
   static const Encode encode = [] {
     void* function = nullptr;
-    cudaDriverEntryPointQueryResult result;
-    check(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result),
-          "the driver's cuTensorMapEncodeTiled");
+    cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+#if CUDART_VERSION >= 12050
+    const cudaError_t error =
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t error = cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    check(error, "the driver's cuTensorMapEncodeTiled");
+    if (!function || result != cudaDriverEntryPointSuccess)
+      throw std::runtime_error("the driver has no cuTensorMapEncodeTiled (result " + std::to_string(int(result)) +
+                               "): expected a driver of CUDA 12.0 or newer");
     return reinterpret_cast<Encode>(function);
   }();
   CUtensorMap map;

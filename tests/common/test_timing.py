@@ -49,6 +49,16 @@ def test_without_a_check_nothing_is_called_for_it(fakes):
     assert " ".join(fakes.calls) == "pause A pause B pause A A A pause B B B"
 
 
+def test_before_is_told_of_each_sample_and_of_nothing_else(fakes):
+    def before(name):
+        fakes.calls.append(f"before {name}")
+        fakes.now += 100.0
+
+    samples = compare(fakes.functions, rounds=2, warmup=1, inner=1, check=None, before=before)
+    calls = "A B" + " pause A pause B" + " before A pause A A before B pause B B" * 2
+    assert " ".join(fakes.calls) == calls and samples["A"].raw == (2.0**-10,) * 2
+
+
 def test_samples_are_seconds_a_call(fakes):
     samples = compare(fakes.functions, rounds=3, warmup=0, inner=4, check=None)
     assert samples == {"A": Samples((2.0**-10,) * 3, 4), "B": Samples((2.0**-5,) * 3, 4)}

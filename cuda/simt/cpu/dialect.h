@@ -18,9 +18,10 @@
 #define __global__
 #define __device__
 #define __host__
-#define __shared__ static thread_local  // an OS thread runs one block at a time, or one cluster (then: refused)
+// An OS thread runs one block at a time, or one cluster (then: refused). __constinit: no guard variable for float4's sake.
+#define __shared__ static __constinit thread_local
 #define __constant__ static
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline  // as g++ sees fit: forced, the kernels of a step would not share their large functions
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __cluster_dims__(...)
@@ -41,6 +42,7 @@ struct Launch {
   unsigned cluster = 1;
   bool co_resident = false;
   void* stream = nullptr;
+  bool overlap = false;  // nothing to overlap with: the model runs one grid after the other
 };
 
 template <class T>

@@ -3,6 +3,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "vectors.h"
+
 namespace simt {
 
 inline float float_of_bits(uint32_t bits) {
@@ -60,12 +62,21 @@ struct alignas(2) __half {
   __half(float value) : bits(simt::f16_bits(value)) {}
   operator float() const { return simt::f16_value(bits); }
 };
-struct alignas(4) __nv_bfloat162 {
-  __nv_bfloat16 x, y;
-};
-struct alignas(4) __half2 {
-  __half x, y;
-};
+// Pairs copy as one access of 4 bytes: see vectors.h.
+#define SIMT_PAIR(NAME, ELEMENT)                                                                           \
+  struct alignas(4) NAME {                                                                                 \
+    ELEMENT x, y;                                                                                          \
+    NAME() = default;                                                                                      \
+    NAME(ELEMENT x, ELEMENT y) : x(x), y(y) {}                                                             \
+    NAME(const NAME& other) { *this = other; }                                                             \
+    NAME& operator=(const NAME& other) {                                                                   \
+      *reinterpret_cast<simt::vectors::One*>(this) = *reinterpret_cast<const simt::vectors::One*>(&other); \
+      return *this;                                                                                        \
+    }                                                                                                      \
+  };
+SIMT_PAIR(__nv_bfloat162, __nv_bfloat16)
+SIMT_PAIR(__half2, __half)
+#undef SIMT_PAIR
 
 inline __nv_bfloat16 __float2bfloat16(float value) { return value; }
 inline __nv_bfloat16 __float2bfloat16_rn(float value) { return value; }

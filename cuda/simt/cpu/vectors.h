@@ -13,6 +13,7 @@ struct dim3 {
 };
 
 namespace simt::vectors {
+typedef uint32_t One __attribute__((may_alias));
 typedef uint32_t Two __attribute__((vector_size(8), may_alias));
 typedef uint32_t Four __attribute__((vector_size(16), may_alias));
 }  // namespace simt::vectors

@@ -117,6 +117,8 @@ void cluster_wait(Site site) {
 void leave_barriers(Thread& thread) {
   Cta& block = *thread.cta;
   Barrier& barrier = block.barriers[0];
+  if (!is_full(block, barrier)) check::release(barrier.clock, thread);  // to exit is to arrive, here and below
+  if (block.gang->blocks.size() > 1) check::release(block.cluster->clock, thread);
   if (barrier.arrived && !barrier.expected && is_complete(block, barrier)) complete(block, barrier, nullptr);
   complete_if_all_arrived(*block.cluster);
 }

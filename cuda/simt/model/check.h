@@ -38,15 +38,17 @@ void release(SyncClock& clock, Thread& thread);        // what the thread has do
 void acquire(const SyncClock& clock, Thread& thread);  // ... what this one does next
 void everyone(Gang& gang);                             // a barrier of all living threads of the gang
 
-void mbarrier_init(uint64_t* barrier);
-void mbarrier_arrive(uint64_t* barrier, Thread& thread);
-void mbarrier_arrive(uint64_t* barrier, const Snapshot& by);
+void mbarrier_init(uint64_t* barrier, Thread& thread, Site site);
+void mbarrier_arrive(uint64_t* barrier, Thread& thread, Site site);
+void mbarrier_arrive(uint64_t* barrier, const Snapshot& by, Site issued);
 void mbarrier_phase_done(uint64_t* barrier);
-void mbarrier_acquire(uint64_t* barrier, Thread& thread);
+void mbarrier_acquire(uint64_t* barrier, Thread& thread, Site site);
 
 void issue(Snapshot& snapshot, Thread& thread, Agent agent);  // takes, or (wgmma: 128 threads) joins, the issuer's clock
 // The operation reads or writes memory; `shared` says in whose shared memory the pointer lies (null: global memory).
-void async_access(Snapshot& snapshot, const void* pointer, size_t bytes, bool write, Cta* shared, Site issued);
+// `atomic`: as a reduction does.
+void async_access(Snapshot& snapshot, const void* pointer, size_t bytes, bool write, Cta* shared, Site issued,
+                  bool atomic = false);
 void acquire(const Snapshot& snapshot, Thread& thread);       // the thread has waited for the operation
 void in_flight(Thread& thread, const void* registers, size_t bytes, bool written, Site issued);  // wgmma owns registers
 void landed(Thread& thread);                                  // all of the thread's wgmma registers are its own again
@@ -68,13 +70,13 @@ inline void end_grid() {}
 inline void release(SyncClock&, Thread&) {}
 inline void acquire(const SyncClock&, Thread&) {}
 inline void everyone(Gang&) {}
-inline void mbarrier_init(uint64_t*) {}
-inline void mbarrier_arrive(uint64_t*, Thread&) {}
-inline void mbarrier_arrive(uint64_t*, const Snapshot&) {}
+inline void mbarrier_init(uint64_t*, Thread&, Site) {}
+inline void mbarrier_arrive(uint64_t*, Thread&, Site) {}
+inline void mbarrier_arrive(uint64_t*, const Snapshot&, Site) {}
 inline void mbarrier_phase_done(uint64_t*) {}
-inline void mbarrier_acquire(uint64_t*, Thread&) {}
+inline void mbarrier_acquire(uint64_t*, Thread&, Site) {}
 inline void issue(Snapshot&, Thread&, Agent) {}
-inline void async_access(Snapshot&, const void*, size_t, bool, Cta*, Site) {}
+inline void async_access(Snapshot&, const void*, size_t, bool, Cta*, Site, bool = false) {}
 inline void acquire(const Snapshot&, Thread&) {}
 inline void in_flight(Thread&, const void*, size_t, bool, Site) {}
 inline void landed(Thread&) {}

@@ -99,7 +99,7 @@ void mbarrier_init(uint64_t* barrier, uint32_t count, Site site) {
   for (Thread* thread : worker->gang.mbarrier_waiting)
     if (thread->object == barrier) fail("mbarrier.init of " + name(barrier) + " while " + describe(*thread) + " waits on it", site);
   *barrier = pack({count, count, 0, 0, initialised});
-  check::mbarrier_init(barrier);
+  check::mbarrier_init(barrier, *self(), site);
 }
 
 void mbarrier_inval(uint64_t* barrier, Site site) {
@@ -121,7 +121,7 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t count, uint32_t transaction_byt
   Inside inside;
   own(barrier, "mbarrier.arrive", site);
   mbarrier_check(barrier, site);
-  check::mbarrier_arrive(barrier, *self());
+  check::mbarrier_arrive(barrier, *self(), site);
   arrive(barrier, count, transaction_bytes, site);
 }
 
@@ -132,7 +132,7 @@ void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank, uint32_t count, ui
   const Cta& block = *owner(remote);
   if (!block.alive) fail("remote arrive on " + name(remote) + ": " + block_name(block) + " has exited", site);
   mbarrier_check(remote, site);
-  check::mbarrier_arrive(remote, *self());
+  check::mbarrier_arrive(remote, *self(), site);
   arrive(remote, count, transaction_bytes, site);
 }
 
@@ -141,7 +141,7 @@ bool mbarrier_test(uint64_t* barrier, uint32_t parity, Site site) {
   Inside inside;
   own(barrier, "mbarrier.try_wait", site);
   if (read(barrier, site).phase == (parity & 1)) return false;
-  check::mbarrier_acquire(barrier, *self());
+  check::mbarrier_acquire(barrier, *self(), site);
   return true;
 }
 
@@ -154,7 +154,7 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site) {
     worker->gang.mbarrier_waiting.push_back(self());
     block_on(Waits::mbarrier, barrier, parity, site);
   }
-  check::mbarrier_acquire(barrier, *self());
+  check::mbarrier_acquire(barrier, *self(), site);
 }
 
 void mbarrier_complete_transaction(uint64_t* barrier, uint32_t bytes, const check::Snapshot& by, Site issued) {
@@ -164,14 +164,14 @@ void mbarrier_complete_transaction(uint64_t* barrier, uint32_t bytes, const chec
     fail_issued(name(barrier) + " is not initialised, or was overwritten, when a copy's bytes land", issued, block);
   f.transactions -= bytes;
   if (f.transactions < -largest_count) fail_issued(transaction_overflow(barrier), issued, block);
-  check::mbarrier_arrive(barrier, by);
+  check::mbarrier_arrive(barrier, by, issued);
   update(barrier, f);
 }
 
 void mbarrier_arrive_by(uint64_t* barrier, const check::Snapshot& by, Site issued) {
   Fields f = unpack(*barrier);
   if (--f.pending < 0) fail_issued(name(barrier) + ": more arrivals than expected in this phase", issued, *owner(barrier));
-  check::mbarrier_arrive(barrier, by);
+  check::mbarrier_arrive(barrier, by, issued);
   update(barrier, f);
 }
 

@@ -15,7 +15,7 @@ void fiber_entry();
 namespace {
 
 constexpr unsigned polls_before_yield = 32;      // atomics are not all spins
-constexpr uint64_t idle_rounds_allowed = 2000;   // all threads that could run asked in vain, this often
+constexpr uint64_t idle_rounds_allowed = 100;    // all threads that could run asked in vain, this often
 constexpr uint64_t leader_falls_back_every = 4096;
 
 void enqueue(Thread* thread) {

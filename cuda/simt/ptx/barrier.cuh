@@ -18,6 +18,10 @@ PTX_INLINE void named_barrier_arrive(int id, int threads SIMT_SITE) {
 PTX_INLINE void cluster_arrive(SIMT_SITE_ONLY) {
   PTX(asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"), simt::model::cluster_arrive(site));
 }
+// The same where nothing written before has to be seen after it (barriers have their own fence): no trip to L2.
+PTX_INLINE void cluster_arrive_relaxed(SIMT_SITE_ONLY) {
+  PTX(asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"), simt::model::cluster_arrive(site));
+}
 PTX_INLINE void cluster_wait(SIMT_SITE_ONLY) {
   PTX(asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"), simt::model::cluster_wait(site));
 }
@@ -55,6 +59,14 @@ PTX_INLINE void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes SIMT_SITE) 
 PTX_INLINE void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank SIMT_SITE) {
   PTX(asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
                    "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+                   "r"(rank)
+                   : "memory"),
+      simt::model::mbarrier_arrive_remote(barrier, rank, 1, 0, site));
+}
+// The same where nothing written before has to be seen after it, as when a consumer is done reading: no trip to L2.
+PTX_INLINE void mbarrier_arrive_remote_relaxed(uint64_t* barrier, uint32_t rank SIMT_SITE) {
+  PTX(asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
+                   "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
                    "r"(rank)
                    : "memory"),
       simt::model::mbarrier_arrive_remote(barrier, rank, 1, 0, site));

@@ -31,6 +31,11 @@ PTX_INLINE void prefetch_tensor_map(const CUtensorMap* map) {
 #define PTX_NEXT_3 "6"
 #define PTX_NEXT_4 "7"
 #define PTX_NEXT_5 "8"
+#define PTX_AFTER_1 "5"
+#define PTX_AFTER_2 "6"
+#define PTX_AFTER_3 "7"
+#define PTX_AFTER_4 "8"
+#define PTX_AFTER_5 "9"
 #define PTX_PARAMETERS_1 int c0
 #define PTX_PARAMETERS_2 int c0, int c1
 #define PTX_PARAMETERS_3 int c0, int c1, int c2
@@ -46,7 +51,9 @@ PTX_INLINE void prefetch_tensor_map(const CUtensorMap* map) {
 //   tma_load              the box at the coordinates into `destination`; its bytes count on `barrier`
 //   tma_load_hint         the same with an L2 eviction policy
 //   tma_load_multicast    into the same offset of every block whose bit is set in `blocks`, signalling each one's barrier
+//   tma_load_multicast_hint     both of these
 //   tma_store, tma_reduce_add   from shared memory; waited for by bulk_commit_group and bulk_wait_group
+//   tma_store_hint              with an L2 eviction policy
 //   tma_prefetch          into L2 only
 #define PTX_TMA(RANK)                                                                                                 \
   PTX_INLINE void tma_load(void* destination, const CUtensorMap* map, uint64_t* barrier,                              \
@@ -77,6 +84,26 @@ PTX_INLINE void prefetch_tensor_map(const CUtensorMap* map) {
                      "l"(map), "r"(shared_address(barrier)), PTX_OPERANDS_##RANK, "h"(blocks)                         \
                      : "memory"),                                                                                     \
         simt::model::tma_load(destination, map, barrier, {RANK, {PTX_LIST_##RANK}}, blocks, site));                   \
+  }                                                                                                                   \
+  PTX_INLINE void tma_load_multicast_hint(void* destination, const CUtensorMap* map, uint64_t* barrier,               \
+                                          uint16_t blocks, CacheHint hint, PTX_PARAMETERS_##RANK SIMT_SITE) {         \
+    PTX(asm volatile("cp.async.bulk.tensor." #RANK                                                                    \
+                     "d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint "  \
+                     "[%0], [%1, " PTX_COORDINATES_##RANK "], [%" PTX_NEXT_##RANK "], %" PTX_AFTER_##RANK ", %2;" ::"r"( \
+                         shared_address(destination)),                                                                \
+                     "l"(map), "l"(uint64_t(hint)), PTX_OPERANDS_##RANK, "r"(shared_address(barrier)), "h"(blocks)    \
+                     : "memory"),                                                                                     \
+        (void)hint;                                                                                                   \
+        simt::model::tma_load(destination, map, barrier, {RANK, {PTX_LIST_##RANK}}, blocks, site));                   \
+  }                                                                                                                   \
+  PTX_INLINE void tma_store_hint(const CUtensorMap* map, const void* source, CacheHint hint,                          \
+                                 PTX_PARAMETERS_##RANK SIMT_SITE) {                                                   \
+    PTX(asm volatile("cp.async.bulk.tensor." #RANK "d.global.shared::cta.tile.bulk_group.L2::cache_hint [%0, "        \
+                     PTX_COORDINATES_##RANK "], [%1], %2;" ::"l"(map),                                                \
+                     "r"(shared_address(source)), "l"(uint64_t(hint)), PTX_OPERANDS_##RANK                            \
+                     : "memory"),                                                                                     \
+        (void)hint;                                                                                                   \
+        simt::model::tma_store(map, source, {RANK, {PTX_LIST_##RANK}}, simt::model::Reduction::none, site));          \
   }                                                                                                                   \
   PTX_INLINE void tma_store(const CUtensorMap* map, const void* source, PTX_PARAMETERS_##RANK SIMT_SITE) {            \
     PTX(asm volatile("cp.async.bulk.tensor." #RANK "d.global.shared::cta.tile.bulk_group [%0, " PTX_COORDINATES_##RANK \

@@ -1,0 +1,91 @@
+// Vector clocks: what has happened before what. Every thread of a gang and every asynchronous agent counts its own
+// ticks; a Clock says up to which tick of each agent its holder's past reaches. Threads that know the same share one
+// vector, so meeting at a barrier costs each of them a pointer, not a vector.
+//
+// Agents of a gang of n threads: [0, n) the threads, then `lanes` for TMA operations (round robin, so that those in
+// flight together have different ones), then one per warpgroup, then one per thread for its cp.async.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <memory>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "check.h"
+
+namespace simt::model::check {
+
+using Ticks = std::vector<uint32_t>;   // by agent; missing entries are 0
+using Known = std::shared_ptr<Ticks>;  // changed in place by a sole owner only; null: nothing is known
+struct Earlier {
+  uint32_t gang;
+  Known known;
+};
+using Foreign = std::shared_ptr<const std::vector<Earlier>>;  // of gangs that ran before, ascending
+
+constexpr uint32_t nobody = ~0u;
+
+inline uint32_t tick_of(const Known& known, uint32_t agent) {
+  return known && agent < known->size() ? (*known)[agent] : 0;
+}
+
+struct Clock {
+  Known known;
+  Known fenced;     // what was known at a fence.proxy.async in the past
+  Foreign foreign;  // through atomics
+  uint32_t self = nobody, tick = 0, fenced_tick = 0;  // the holder's own entries, newer than those in the vectors
+  uint32_t time = 0, issuer = nobody;                 // of a snapshot: operations issued before it; by which thread
+  Known last_known, last_fenced;                      // of a sum: what was added last
+  uint64_t serial = 0;                                // of a sum: which one it is
+
+  uint32_t knows(uint32_t agent) const { return agent == self ? tick : tick_of(known, agent); }
+  uint32_t knows_fenced(uint32_t agent) const { return agent == self ? fenced_tick : tick_of(fenced, agent); }
+};
+
+struct ThreadClock {
+  Clock clock;
+  uint64_t released_serial = 0;  // the sum it was added to last, with these:
+  Known released_known, released_fenced;
+  bool fenced_memory = false;    // has passed a __threadfence
+};
+
+struct MbarrierClock {
+  Clock arriving, done;  // the arrivals of this phase; those of all completed ones
+  uint32_t initialiser = nobody, tick = 0;
+  Site site{"?", 0};  // of its mbarrier.init
+};
+
+struct AddressClock {  // of an address that atomics or volatile accesses use
+  uint32_t gang = 0;
+  Clock sum;
+};
+
+constexpr unsigned lanes = 64;
+
+struct Clocks {
+  uint32_t gang = 0;  // number of the gang, never used twice; 0 before the first
+  unsigned threads = 0, warpgroups_of_block = 0, block_threads = 1, blocks = 0;
+  std::vector<ThreadClock> thread;
+  Ticks agent_tick;   // of the agents that are not threads
+  unsigned next_lane = 0;
+  uint32_t time = 0;  // asynchronous operations issued so far
+  std::unordered_map<const void*, MbarrierClock> mbarriers;
+  std::unordered_map<const void*, AddressClock> shared_addresses, global_addresses;
+
+  bool is_thread(uint32_t agent) const { return agent < threads; }
+  Agent kind(uint32_t agent) const {
+    if (agent < threads + lanes) return Agent::tma;
+    return agent < threads + lanes + blocks * warpgroups_of_block ? Agent::wgmma : Agent::cp_async;
+  }
+};
+extern Clocks clocks;  // the checked build runs on one OS thread
+
+Clock& clock_of(const Thread& thread);
+void forget_addresses();  // a new grid: what its predecessors released is in the past of all
+// An atomic at `pointer`, or a volatile access of which `writes` says whether it is a store.
+void synchronise(const void* pointer, bool in_shared, Thread& thread);
+void volatile_access(const void* pointer, bool in_shared, bool writes, Thread& thread);
+bool knows_foreign(const Foreign& foreign, uint32_t gang, uint32_t agent, uint32_t tick);
+
+}  // namespace simt::model::check

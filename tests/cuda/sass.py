@@ -1,0 +1,125 @@
+"""Reads machine code: the disassembly of kernels in an object file or a module, and what ptxas said when it made them.
+
+Nothing needs a GPU. cuobjdump and nvdisasm come with the CUDA toolkit, with Triton's wheel, and as wheels of NVIDIA's
+(nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). A kernel's step is told by its name: nvcc puts the source file into the
+names of what lies in no named namespace, and the last step's kernels are in matmul::best.
+"""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+# Never -arch=sm_90a: that also makes an image for compute_90, where wgmma and setmaxnreg do not exist.
+NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.MULTILINE)
+FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
+USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+SOURCE = re.compile(r"_\d+_(\d\d)_\w+?_cu_[0-9a-f]{8}")  # the file's name stands after its length
+REMARK = re.compile(r"^.*\(C75\d\d\).*$", re.MULTILINE)
+SPILL = re.compile(r"^.*\b[1-9]\d* bytes spill (?:stores|loads).*$", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """One entry function as ptxas made it; bytes of stack are a thread's, in local memory."""
+
+    name: str
+    registers: int
+    stack: int
+    local: int
+    step: str = ""  # "12"
+    code: tuple[str, ...] = ()  # the opcodes, in the order of their addresses
+
+    def count(self, pattern: str) -> int:
+        """How many instructions have an opcode that begins so (a regular expression)."""
+        return sum(re.match(pattern, opcode) is not None for opcode in self.code)
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on the PATH, in CUDA_HOME, or in a wheel of Triton's or NVIDIA's."""
+    folders = [Path(os.environ[key]) / "bin" for key in ("CUDA_HOME", "CUDA_PATH") if key in os.environ]
+    for package, pattern in (("triton", "backends/nvidia/bin"), ("nvidia", "*/bin")):
+        spec = importlib.util.find_spec(package)
+        for place in spec.submodule_search_locations or [] if spec else []:
+            folders += sorted(Path(place).glob(pattern))
+    return shutil.which(name) or shutil.which(name, path=os.pathsep.join(map(str, folders)))
+
+
+def missing(*names: str) -> str:
+    """Why a test that needs these programs cannot run here; empty where it can."""
+    lacking = [name for name in names if tool(name) is None]
+    return f"no {' and no '.join(lacking)} on this machine" if lacking else ""
+
+
+def kernels(path: Path) -> list[Kernel]:
+    """The kernels of an object file or a module, without their instructions."""
+    found = USAGE.findall(_cuobjdump("--dump-resource-usage", str(path)))
+    return [Kernel(name, *(int(numbers[i]) for i in (0, 1, 3)), _step(name)) for name, *numbers in found]
+
+
+def disassemble(path: Path, wanted: list[Kernel]) -> list[Kernel]:
+    """The same kernels with their code."""
+    if not wanted:
+        return []
+    text = _cuobjdump("--dump-sass", "--function", ",".join(kernel.name for kernel in wanted), str(path))
+    parts = FUNCTION.split(text)  # before the first, name, code, name, code, ...
+    found = {name: tuple(INSTRUCTION.findall(code)) for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+    return [replace(kernel, code=found[kernel.name]) for kernel in wanted]
+
+
+def compile_kernel(source: str, folder: Path, *flags: str) -> tuple[Path, str]:
+    """A CUDA source through nvcc: (object file, what ptxas said)."""
+    file, target = folder / "kernel.cu", folder / "kernel.o"
+    file.write_text(source)
+    command = [tool("nvcc"), *NVCC_FLAGS, f"-I{ROOT / 'cuda'}", "-Xptxas=-v", *flags, "-c", file, "-o", target]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return target, done.stdout + done.stderr
+
+
+def complaints(report: str) -> list[str]:
+    """The lines in what ptxas said that a kernel of the ladder may not have: remarks about wgmma, and spills."""
+    return REMARK.findall(report) + SPILL.findall(report)
+
+
+def memory_faults(kernel: Kernel) -> list[str]:
+    """Registers that went to local memory, by the resource report and, where the code was read, by its instructions."""
+    numbers = {"bytes of stack": kernel.stack, "bytes of local memory": kernel.local}
+    numbers |= {"loads from local memory": kernel.count("LDL"), "stores to local memory": kernel.count("STL")}
+    return [f"{kernel.name}: {number} {what}" for what, number in numbers.items() if number]
+
+
+def serialised(kernel: Kernel) -> list[str]:
+    """wgmmas that wait for one another: ptxas then puts a wait (DEPBAR) after each one. Two to a wait at the least."""
+    waits, products = kernel.count(r"WARPGROUP\.DEPBAR"), kernel.count("HGMMA")
+    dummies = kernel.count(r"HGMMA\.64x8x16\.F16")  # what ptxas injects to move registers
+    faults = [f"{kernel.name}: {waits} waits for {products} wgmmas"] if 2 * waits > products else []
+    return faults + ([f"{kernel.name}: {dummies} injected wgmmas"] if dummies else [])
+
+
+def unfenced_stores(kernel: Kernel) -> list[str]:
+    """TMA stores before which no fence makes what stmatrix wrote visible to TMA."""
+    faults, written = [], False
+    for opcode in kernel.code:
+        if opcode.startswith("UTMASTG") and written:
+            faults.append(f"{kernel.name}: {opcode} after STSM without FENCE.VIEW.ASYNC between")
+        written = opcode.startswith("STSM") or (written and not opcode.startswith("FENCE.VIEW.ASYNC"))
+    return faults
+
+
+def _step(name: str) -> str:
+    match = SOURCE.search(name)
+    return match[1] if match else "16" if "6matmul4best" in name else ""
+
+
+def _cuobjdump(*arguments: str) -> str:
+    program, folder = tool("cuobjdump"), os.path.dirname(tool("nvdisasm") or "")
+    environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"}  # it starts nvdisasm
+    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
