@@ -132,8 +132,8 @@ def cost(tiling: Tiling, batch: int, m: int, n: int, k: int, multiprocessors: in
 
 
 def stage_clocks(tiling: Tiling) -> float:
-    """Clocks that a tile takes for 64 of k. For each 64 rows wgmma reads their A (8 KB) and all of B (128 bytes a column)
-    from shared memory; TMA writes both there once, and L2 sends A and the block's part of B."""
+    """Clocks that a tile takes for 64 of k. For each 64 rows wgmma reads their A (8 KB) and all of B (128 bytes a
+    column) from shared memory; TMA writes both there once, and L2 sends A and the block's part of B."""
     m, n = tiling.tile_m, tiling.tile_n
     products = m * n / 32
     shared = (m / 64 * (8192 + 128 * n) + 128 * (m + n)) / 128
@@ -142,6 +142,6 @@ def stage_clocks(tiling: Tiling) -> float:
 
 
 RESIDENT = {1: 132, 2: 66, 4: 32, 8: 15}  # clusters that an H100 takes at once: GPCs have 16 or 18 multiprocessors
-L2 = 46.6  # bytes a clock for each multiprocessor, of what all get together: from measurements others published
-# Guesses: bytes a clock of a multiprocessor's stores; clocks of a launch with its first stage, and of two cluster barriers.
+L2 = 46.6  # bytes a clock for each multiprocessor when all ask at once: an estimate
+# Guesses: bytes a clock that a multiprocessor stores; clocks of a launch and its first stage, of two cluster barriers.
 STORED, START, EXCHANGE = 32, 1500, 1000

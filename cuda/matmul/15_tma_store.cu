@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(threads, 1)
     }
   } else {
     ptx::setmaxnreg_inc<232>();
-    const int warp = threadIdx.x / 32 % 4;
+    const int warp = ptx::uniform(threadIdx.x / 32 % 4);
     const bool by_tma = describable && epilogue.plain();
     hopper::Boxes<2>& boxes = shared.boxes[(group - 1) * 4 + warp];
     for (int index = blockIdx.x / cluster; index < pairs; index += gridDim.x / cluster) {

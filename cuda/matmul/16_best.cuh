@@ -137,7 +137,7 @@ PTX_INLINE void consume(typename S::Shared& shared, const CUtensorMap* map_d, bo
                         int tiles, int consumer) {
   const int steps = divide_up(sizes.k, tile_k);
   const uint32_t thread = threadIdx.x % hopper::warpgroup;
-  const int warp = thread / 32;
+  const int warp = ptx::uniform(thread / 32);
   const bool by_tma = describable && epilogue.plain();
   // Named barriers: 1.. the warpgroup's own, 1 + consumers.. the start of each that follows another.
   const int own = 1 + consumer, start = own + S::consumers;

@@ -62,6 +62,12 @@ struct Epilogue {
   // Stores the elements of `count` neighbouring columns; `column` and `count` are even. Under swiglu each two make one.
   template <int count>
   __device__ __forceinline__ void store_run(int batch, int row, int column, const float (&sum)[count]) const {
+    activate(row, column, sum, [&](int first, int columns, const auto& x) { write(batch, row, first, columns, x); });
+  }
+
+  // The same up to the store: write(column of d, columns of d, elements).
+  template <int count, class Write>
+  __device__ __forceinline__ void activate(int row, int column, const float (&sum)[count], Write write) const {
     if (row >= m || column >= n) return;
     if (activation == Activation::swiglu) {
       float x[count / 2];
@@ -70,7 +76,7 @@ struct Epilogue {
         const int gate = min(column + 2 * i, n - 2);  // the bias ends at n, a run may not
         x[i] = silu(linear(sum[2 * i], gate)) * linear(sum[2 * i + 1], gate + 1);
       }
-      write(batch, row, column / 2, n / 2, x);
+      write(column / 2, n / 2, x);
     } else {
       float x[count];
 #pragma unroll
@@ -78,7 +84,7 @@ struct Epilogue {
         x[i] = linear(sum[i], min(column + i, n - 1));
         if (activation == Activation::gelu) x[i] = gelu(x[i]);
       }
-      write(batch, row, column, n, x);
+      write(column, n, x);
     }
   }
 
@@ -88,7 +94,6 @@ struct Epilogue {
     store_run(batch, row, column, sums);
   }
 
- private:
   template <int width>
   struct alignas(width * sizeof(Out)) Run {
     Out x[width];
@@ -128,7 +133,9 @@ struct EitherEpilogue {
 
   template <int count>
   __device__ __forceinline__ void store_run(int batch, int row, int column, const float (&sum)[count]) const {
-    visit([&](const auto& epilogue) { epilogue.store_run(batch, row, column, sum); });
+    same.activate(row, column, sum, [&](int first, int columns, const auto& x) {
+      visit([&](const auto& epilogue) { epilogue.write(batch, row, first, columns, x); });
+    });
   }
 
   // Calls store(epilogue) with the epilogue of the right type.

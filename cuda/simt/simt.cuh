@@ -8,7 +8,8 @@
 //                   simt::tensor_map(...)                                      host: describes a tensor to TMA
 //                   simt::multiprocessors()                                    host: how many SMs there are
 // A kernel holds no `asm` and no `#ifdef`: instructions are in ptx.cuh. Shared memory comes from dynamic_shared<T>();
-// a static `__shared__` works too, but not in clusters, where the blocks that share an OS thread would share it.
+// a static `__shared__` works too, where threads alone use it: mbarriers, TMA and wgmma refuse it, and in clusters, or with
+// co_resident, the blocks that share an OS thread would share it (the checked build refuses that).
 #pragma once
 #include "types.h"
 

@@ -23,7 +23,7 @@ constexpr int size_of(DataType type) {
   }
 }
 
-// A tensor as TMA sees it, innermost dimension first. `strides` are in bytes, of dimensions 1 and up; `box` is what one
+// A tensor as TMA sees it, innermost dimension first. `stride` is in bytes, of dimensions 1 and up; `box` is what one
 // instruction moves, in elements.
 struct TensorShape {
   int rank;

@@ -21,6 +21,7 @@ LAYOUTS = ["NN", "NT", "TN", "TT"]
 SCHEDULES = [("fifo", "lazy"), ("reverse", "random"), ("random", "eager"), ("priority", "lazy"), ("priority", "random")]
 SHAPES = [(1, 1, 1), (33, 65, 17), (64, 64, 64), (129, 70, 100), (40, 264, 8), (200, 24, 321)]
 TILINGS = [*dispatch.TILINGS, *dispatch.ROW_COLUMN]
+SAME_TYPE_OUT = range(9, 16)  # the steps that write the type of their inputs alone
 
 
 def dtypes(step):
@@ -124,9 +125,24 @@ def test_epilogues(step):
     for dtype in dtypes(step):
         check(_simt, step, 65, 72, 40, "NT", dtype, alpha=-0.5, beta=2.0, bias=True)
         check(_simt, step, 65, 70, 40, "NN", dtype, bias=True, activation="gelu")
-        check(_simt, step, 30, 130, 24, "TN", dtype, out=torch.float32, alpha=2.0, beta=-1.0)
+        if step not in SAME_TYPE_OUT:
+            check(_simt, step, 30, 130, 24, "TN", dtype, out=torch.float32, alpha=2.0, beta=-1.0)
+            check(_simt, step, 130, 72, 40, "NT", dtype, out=torch.float32, bias=True, activation="gelu")
         if step >= 5:  # a thread of steps 1-4 has no two neighbouring columns
             check(_simt, step, 65, 72, 40, "NT", dtype, bias=True, activation="swiglu", beta=1.0)
+
+
+@pytest.mark.parametrize("step", SAME_TYPE_OUT)
+def test_steps_between_refuse_f32_out(step):
+    with pytest.raises(ValueError, match="steps 08 and 16 write f32 too"):
+        check(_simt, step, 8, 8, 8, "NT", torch.bfloat16, out=torch.float32)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("step", [8, 16])
+def test_f32_out(step, layout):
+    for batch, dtype in [((), torch.bfloat16), ((3,), torch.float16)]:
+        check(_simt, step, 129, 75, 100, layout, dtype, out=torch.float32, batch=batch)
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
@@ -149,6 +165,7 @@ def test_tilings(tiling):
         for raster, stagger in [(0, 1), (3, 0)]:
             with _simt.options(order=schedule[0], async_=schedule[1], multiprocessors=8):
                 check(_simt, 16, 200, 520, 136, layout, torch.bfloat16, tiling=(*tiling[:4], raster, stagger, 1, 2, 1))
+                check(_simt, 16, 72, 136, 72, layout, torch.bfloat16, out=torch.float32, tiling=tiling)
     with _simt_checked.options(order="priority", async_="random", multiprocessors=8):
         check(_simt_checked, 16, 136, 264, 200, "NT", torch.float16, tiling=tiling)
 
@@ -187,7 +204,8 @@ def test_on_a_gpu(module, step):
         check(
             module, step, 650, 720, 400, "NT", dtype, alpha=-0.5, beta=2.0, bias=True, activation="gelu", device="cuda"
         )
-        check(module, step, 300, 130, 24, "TN", dtype, out=torch.float32, alpha=2.0, beta=-1.0, device="cuda")
+        if step not in SAME_TYPE_OUT:
+            check(module, step, 300, 130, 24, "TN", dtype, out=torch.float32, alpha=2.0, beta=-1.0, device="cuda")
         check(module, step, 400, 560, 333, "NT", dtype, batch=(3,), shared_b=True, device="cuda")
     if STEPS[step]["tilings"]:
         for tiling in TILINGS:

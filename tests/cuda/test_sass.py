@@ -15,12 +15,12 @@ from tests.cuda import sass
 
 MODULE = next((path for suffix in EXTENSION_SUFFIXES if (path := sass.ROOT / f"cuda/_sm90{suffix}").exists()), None)
 SOURCES = sorted((sass.ROOT / "cuda/matmul").glob("*.cu"))
-# Of bf16 into bf16 and of float32, the kernels that are read: both operands along k, or both across it. Not the small
+# Of bf16 and of float32, the kernels that are read: both operands along k, or both across it. Not the small
 # tiles of 07 and 08 and what they have for addresses of any alignment, which have less of everything.
-READ = re.compile(r"(?:bfloat16S\d*_|ILi128E|I)(?:L[ib]\d+E)*?(?:Lb0ELb0E|Lb1ELb1E)")
+READ = re.compile(r"(?:bfloat16|ILi128E|I)(?:L[ib]\d+E)*?(?:Lb0ELb0E|Lb1ELb1E)")
 LEFT_OUT = re.compile(r"ILi64E|ILi128ELb0E13__nv")
-BEST = re.compile(r"4best4bestI13__nv_bfloat16S\d*_NS\d_5ShapeIS\d*_S\d*_Li(\d)ELi(\d+)ELi(\d)EEE(?:Lb0ELb0E|Lb1ELb1E)")
-SPLIT = re.compile(r"4best5splitI13__nv_bfloat16S\d*_NS\d_10SplitShapeIS\d*_Li(\d)ELi(\d+)EEE(?:Lb0ELb0E|Lb1ELb1E)")
+BEST = re.compile(r"4best4bestI13__nv_bfloat16NS\d_5ShapeIS\d*_Li(\d)ELi(\d+)ELi(\d)EEE(?:Lb0ELb0E|Lb1ELb1E)")
+SPLIT = re.compile(r"4best5splitI13__nv_bfloat16NS\d_10SplitShapeIS\d*_Li(\d)ELi(\d+)EEE(?:Lb0ELb0E|Lb1ELb1E)")
 
 WARPGROUP = {r"UTMALDG\.3D": 1, r"WARPGROUP\.ARRIVE": 1}
 RING = WARPGROUP | {r"HGMMA\.64x256x16\.F32\.BF16": 4, "USETMAXREG": 2}
@@ -101,7 +101,7 @@ def test_a_step_is_made_of_its_instructions(ladder, step):
 def test_the_last_step_is_made_of_its_instructions(ladder):
     """Each tile shape: wgmmas as wide as the tile, stores by TMA, multicast in clusters, registers for all threads."""
     chosen = {kernel: match for kernel in ladder if (match := BEST.search(kernel.name))}
-    assert {(match[2], match[3]) for match in chosen.values()} >= {("256", "2"), ("128", "1"), ("64", "1")}
+    assert {(match[2], match[3]) for match in chosen.values()} >= {("256", "2"), ("128", "2"), ("64", "1")}
     faults = []
     for kernel, match in zip(sass.disassemble(MODULE, list(chosen)), chosen.values(), strict=True):
         consumers, tile_n, cluster = map(int, match.groups())

@@ -12,7 +12,7 @@ namespace simt {
 //                                         that hold the bytes asked for
 //   shared read, shared write, remote ..  passes over the 32 banks; the fewest for that many bytes (remote: a peer's)
 //   tma, cp.async                         bytes (ideal: the same)
-//   wgmma, mma, atomic, shuffle           instructions (an atomic or a shuffle counts for each thread)
+//   wgmma, mma, atomic                    instructions (an atomic counts for each thread)
 //   barrier, mbarrier                     waits, one for each thread
 struct CounterRow {
   std::string file;

@@ -46,8 +46,8 @@ struct Launch {
 };
 
 template <class T>
-T& dynamic_shared() {
-  return *reinterpret_cast<T*>(model::shared_memory());
+T& dynamic_shared(SIMT_SITE_ONLY) {
+  return *reinterpret_cast<T*>(model::shared_memory(sizeof(T), site));
 }
 
 // Runs the grid to its end. Raises simt::Error with the model's report.
@@ -77,8 +77,8 @@ inline void __syncthreads(SIMT_SITE_ONLY) { simt::model::barrier_sync(0, 0, site
 inline void __syncwarp(unsigned mask = ~0u SIMT_SITE) {
   simt::model::warp_collective(mask, simt::model::WarpOp::syncwarp, nullptr, nullptr, site);
 }
-inline void __threadfence(SIMT_SITE_ONLY) { simt::model::fence_memory(true, site); }
-inline void __threadfence_block(SIMT_SITE_ONLY) { simt::model::fence_memory(false, site); }
+inline void __threadfence(SIMT_SITE_ONLY) { simt::model::fence_memory(site); }
+inline void __threadfence_block(SIMT_SITE_ONLY) { simt::model::fence_memory(site); }
 inline void __nanosleep(unsigned SIMT_SITE) { simt::model::poll(site); }
 inline long long clock64() { return (long long)simt::model::clock(); }
 inline void __trap(SIMT_SITE_ONLY) { simt::model::trap(site); }
@@ -151,8 +151,12 @@ inline unsigned __ballot_sync(unsigned mask, bool predicate SIMT_SITE) {
   return vote.out;
 }
 inline bool __any_sync(unsigned mask, bool predicate SIMT_SITE) { return __ballot_sync(mask, predicate, site) != 0; }
-inline bool __all_sync(unsigned mask, bool predicate SIMT_SITE) { return __ballot_sync(mask, predicate, site) == mask; }
-inline unsigned __activemask() { return ~0u; }
+inline bool __all_sync(unsigned mask, bool predicate SIMT_SITE) { return !__ballot_sync(mask, !predicate, site); }
+inline unsigned __activemask() {  // all lanes that exist
+  const dim3 size = blockDim;
+  const unsigned lanes = size.x * size.y * size.z - simt::model::current->linear / 32 * 32;
+  return lanes < 32 ? (1u << lanes) - 1 : ~0u;
+}
 
 // ---- memory ------------------------------------------------------------------------------------------------------------
 template <class T>
@@ -165,7 +169,7 @@ template <class T>
 void __stwt(T* pointer, T value) { *pointer = value; }
 
 namespace simt::model {
-// One read-modify-write that returns the old value; of 4 and 8 bytes. Instantiated in model/atomics.cpp.
+// One read-modify-write that returns the old value; of 4 and 8 bytes. Instantiated in model/memory.cpp.
 template <class T>
 T atomic_update(T* pointer, T (*change)(T old, T operand, T compare), T operand, T compare, Site);
 }  // namespace simt::model

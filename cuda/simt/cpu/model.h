@@ -72,15 +72,16 @@ extern __thread ThreadContext* current;
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool co_resident, void (*entry)(void*),
               void* argument, const void* kernel);
-void* shared_memory();
+void* shared_memory(size_t bytes, Site);  // of the block, which must have so many
 
 // ---- barriers, warps, scheduling ----
 void barrier_sync(int id, int threads, Site);  // threads 0: all of the block that have not exited
 void barrier_arrive(int id, int threads, Site);
-void cluster_arrive(Site);
+void cluster_arrive(bool release, Site);  // else: nothing that was written has to be seen
 void cluster_wait(Site);
-enum class WarpOp : int { syncwarp, shuffle, vote, elect, mma, ldmatrix, stmatrix, setmaxnreg, reduce };
-// The lanes named in `mask` meet; the last to come runs `operate` on everybody's payload. `memory`: orders memory.
+enum class WarpOp : int { syncwarp, shuffle, vote, elect, mma, ldmatrix, stmatrix, setmaxnreg };
+// The lanes named in `mask` meet; the last to come runs `operate` on everybody's payload. Only
+// syncwarp orders memory.
 void warp_collective(unsigned mask, WarpOp kind, void* payload, void (*operate)(void** payloads, unsigned mask), Site);
 bool elect(unsigned mask, Site);
 void set_registers(int registers, bool increase, Site);
@@ -91,31 +92,31 @@ uint64_t clock();     // grows with every step of the scheduler
 
 // ---- shared memory addresses: 8 bits of cluster rank, 24 bits of offset ----
 uint32_t shared_address(const void* pointer, Site);
-uint32_t map_rank(uint32_t address, uint32_t rank, Site);
 void* map_rank(void* pointer, uint32_t rank, Site);
 
 // ---- mbarrier ----
 void mbarrier_init(uint64_t* barrier, uint32_t count, Site);
 void mbarrier_inval(uint64_t* barrier, Site);
-void mbarrier_arrive(uint64_t* barrier, uint32_t count, uint32_t transaction_bytes, Site);
-void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank, uint32_t count, uint32_t transaction_bytes, Site);
+void mbarrier_arrive(uint64_t* barrier, uint32_t transaction_bytes, Site);
+void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank, Site);
 void mbarrier_expect_transaction(uint64_t* barrier, uint32_t bytes, Site);
 bool mbarrier_test(uint64_t* barrier, uint32_t parity, Site);  // polls
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site);
 void fence_mbarrier_init(Site);
 void fence_proxy_async(Site);
-void fence_memory(bool cluster_or_wider, Site);  // __threadfence and its like
+void fence_memory(Site);  // __threadfence and its like
 
 // ---- TMA and bulk copies ----
 struct Coordinates {
   int rank;
   int at[5];
 };
-enum class Reduction : int { none, add, min, max };
+enum class Reduction : int { none, add };
+constexpr uint32_t no_multicast = ~0u;  // a load into the block's own memory; else: bits are ranks in the cluster
 void tma_load(void* destination, const TensorMap* map, uint64_t* barrier, Coordinates, uint32_t multicast_mask, Site);
 void tma_store(const TensorMap* map, const void* source, Coordinates, Reduction, Site);
 void tma_prefetch(const TensorMap* map, Coordinates, Site);
-void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier, uint32_t multicast_mask, Site);
+void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier, Site);
 void bulk_store(void* destination, const void* source, uint32_t bytes, Reduction, DataType, Site);
 void bulk_commit_group(Site);
 void bulk_wait_group(int pending, bool read_only, Site);
@@ -124,7 +125,7 @@ void bulk_wait_group(int pending, bool read_only, Site);
 void cp_async(void* destination, const void* source, int bytes, int source_bytes, Site);  // the rest is zeros
 void cp_async_commit_group(Site);
 void cp_async_wait_group(int pending, Site);
-void cp_async_mbarrier_arrive(uint64_t* barrier, bool noinc, Site);
+void cp_async_mbarrier_arrive(uint64_t* barrier, Site);  // .noinc
 
 // ---- warp-wide matrix instructions. Elements are 16 bits wide: bf16 or f16 ----
 void ldmatrix(uint32_t* registers, int matrices, bool transpose, const void* row, Site);
@@ -139,12 +140,15 @@ struct Wgmma {
   const uint32_t* a_registers;  // 4, or null
   bool a_mn_major, b_mn_major;
   bool scale_d;           // false: d = a b, true: d += a b
-  bool negate_a = false, negate_b = false;
 };
 void wgmma(float* d, const Wgmma& operands, Site);
 void wgmma_fence(Site);
 void wgmma_commit_group(Site);
 void wgmma_wait_group(int pending, Site);
+
+// ---- global memory that other blocks write meanwhile ----
+uint32_t load_acquire(const uint32_t* pointer, Site);
+void store_release(uint32_t* pointer, uint32_t value, Site);
 
 // ---- what the checked build is told by ptx wrappers (no-ops otherwise) ----
 void touch(const void* pointer, size_t bytes, bool write, Site);  // a generic-proxy access by the running thread

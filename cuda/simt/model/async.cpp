@@ -130,14 +130,12 @@ bool async_progress(Gang& gang) {
 std::string async_leftover(const Cta& block) {
   for (const CopyOperation& op : block.gang->async.copies) {
     const std::string issued = " issued at " + at(op.site) + " by " + describe(*op.issuer);
-    const char* what = op.tensor ? "TMA" : "bulk";
+    const std::string what = std::string("a ") + copy_name(op) + issued;
     if (is_store(op) && op.block == &block && !op.read)
-      return std::string("a ") + what + " store" + issued + " still reads the shared memory of " + block_name(block) +
-             ", which has ended: its bulk group was not waited for";
+      return what + " still reads the shared memory of " + block_name(block) + ", which has ended: its bulk group was not waited for";
     for (const Cta* target : op.targets)
       if (!is_store(op) && target == &block)
-        return std::string("a ") + what + " load" + issued + " was still in flight when " + block_name(block) +
-               " ended: its mbarrier was not waited for";
+        return what + " was still in flight when " + block_name(block) + " ended: its mbarrier was not waited for";
   }
 #if defined(SIMT_CHECKED)
   for (unsigned i = 0; i < block.count; ++i)

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <deque>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../cpu/model.h"
@@ -34,11 +35,12 @@ struct StoreDone {  // a TMA or bulk store that has happened before its issuer w
 struct ThreadAsync {
   uint64_t wgmma_issued = 0, wgmma_waited = 0;
   std::vector<uint64_t> wgmma_groups;  // ends of its committed groups
-  bool wgmma_fenced = false;
+  bool wgmma_fenced = false;  // has passed a wgmma.fence
   std::vector<uint64_t> bulk_groups;
   uint64_t bulk_issued = 0;
   std::vector<StoreDone> stores_done;  // of the checked build: what a wait will let the thread know
-  std::vector<CpAsync> copies;  // cp.async from number `copies_done` on: not yet waited for
+  std::deque<CpAsync> copies;  // cp.async from number `copies_done` on: not yet waited for
+  check::Snapshot retired;     // the last of those before, if an mbarrier has waited for it
   std::vector<uint64_t> copy_groups;
   uint64_t copies_done = 0;
 };
@@ -137,6 +139,7 @@ bool happens_at_once();  // by Options.async: should an operation issued now hap
 uint32_t box_bytes(const TensorMap& map);
 void read_global(CopyOperation& op, char* box);
 void write_global(CopyOperation& op, const char* box);
+std::vector<std::pair<uint32_t, uint32_t>> inside_tensor(const CopyOperation& op);  // bytes of the box: low, high
 
 // ---- tma.cpp ----
 void copy_complete(Gang& gang, size_t index);        // of gang.async.copies
@@ -154,7 +157,8 @@ MatrixOperand matrix_operand(uint64_t descriptor, bool mn_major, int extent, con
 bool touches(const MatrixOperand& operand, uint32_t low, uint32_t high);  // exactly, not only its outer bounds
 // As 16 rows (k) of `extent` floats, 256 apart, from the async view of shared memory.
 void read_operand(const MatrixOperand& operand, const Cta& block, DataType type, float* tile);
-std::vector<std::pair<uint32_t, uint32_t>> ranges(const MatrixOperand& operand);  // contiguous bytes: low, high
+// Contiguous bytes, low and high, of the rows (along M or N) from `first` on; these are multiples of 8.
+std::vector<std::pair<uint32_t, uint32_t>> ranges(const MatrixOperand& operand, int first, int rows);
 
 // ---- wgmma.cpp ----
 bool wgmma_ready(const Warpgroup& group);  // someone waits, and all 128 threads have issued what is waited for

@@ -1,6 +1,7 @@
 // Where threads meet: __syncthreads and named barriers, cluster barriers, warp operations, and the register pool that
 // setmaxnreg draws on.
 #include <algorithm>
+#include <cstring>
 
 #include "state.h"
 
@@ -15,7 +16,7 @@ bool is_full(const Cta& block, const Barrier& barrier) {
 
 void complete(Cta& block, Barrier& barrier, Thread* last) {
   if (is_full(block, barrier)) {
-    check::everyone(*block.gang);
+    check::everyone();
   } else {
     if (last) check::acquire(barrier.clock, *last);
     for (Thread* thread : barrier.waiting) check::acquire(barrier.clock, *thread);
@@ -29,22 +30,29 @@ void complete(Cta& block, Barrier& barrier, Thread* last) {
   barrier.waiting.swap(waiting);  // keeps its capacity
 }
 
+// Barrier 0 of all threads is __syncthreads, whichever way it is written. Where a number is given, the hardware counts
+// whole warps: the first lane of a warp that is not full stands for those that do not exist.
+int weight(const Thread& thread, int threads) {
+  const unsigned first = thread.linear / 32 * 32, lanes = std::min(32u, thread.cta->count - first);
+  return threads && thread.linear == first ? int(33 - lanes) : 1;
+}
+
 Barrier& enter(Cta& block, int id, int threads, Site site) {
   if (id < 0 || id > 15) fail("named barrier " + std::to_string(id) + ": ids are 0 to 15", site);
   if (threads < 0 || threads % 32)
     fail("named barrier " + std::to_string(id) + ": " + std::to_string(threads) + " threads, not a multiple of 32", site);
+  if (!id && threads == int((block.count + 31) / 32 * 32)) threads = 0;
   Barrier& barrier = block.barriers[id];
+  const auto text = [](int expected) { return expected ? std::to_string(expected) : "all"; };
   if (barrier.arrived && barrier.expected != threads)
-    fail("named barrier " + std::to_string(id) + ": it expects " + std::to_string(threads) + " threads here, but " +
-             std::to_string(barrier.expected) + " where others arrived",
+    fail("named barrier " + std::to_string(id) + ": it expects " + text(threads) + " threads here, but " +
+             text(barrier.expected) + " where others arrived",
          site);
+  aligned(site);
   barrier.expected = threads;
   Thread& thread = *self();
   if (!is_full(block, barrier)) check::release(barrier.clock, thread);
-  ++barrier.arrived;
-  const int expected = threads ? threads : int(block.alive);
-  if (barrier.arrived > expected)
-    fail("named barrier " + std::to_string(id) + ": more than the expected " + std::to_string(expected) + " threads", site);
+  barrier.arrived += weight(thread, threads);
   return barrier;
 }
 
@@ -62,14 +70,31 @@ void complete_if_all_arrived(Cluster& cluster) {
   if (!cluster.arrived || cluster.arrived < living(cluster)) return;
   cluster.arrived = 0;
   ++cluster.phase;
+  cluster.done = std::move(cluster.clock);
+  cluster.clock = {};
   for (Thread* thread : cluster.waiting) {
-    check::acquire(cluster.clock, *thread);
+    check::acquire(cluster.done, *thread);
     wake(thread);
   }
   cluster.waiting.clear();
 }
 
 }  // namespace
+
+// Lanes run one after the other here: the n-th .aligned instruction of each must be that of the first to come.
+void aligned(Site site) {
+  Thread& thread = *self();
+  Warp& warp = thread.cta->warps[thread.linear / 32];
+  const unsigned lanes = std::min(32u, thread.cta->count - thread.linear / 32 * 32);
+  const uint64_t number = thread.aligned++ - warp.first_aligned;
+  if (number == warp.aligned.size()) warp.aligned.push_back({site, warp.exited});
+  Aligned& here = warp.aligned[number];
+  if (here.site.line != site.line || (here.site.file != site.file && strcmp(here.site.file, site.file)))
+    fail("lanes of one warp execute different .aligned instructions: others are, or were, at " + at(here.site), site);
+  here.lanes |= 1u << thread.linear % 32;
+  for (; !warp.aligned.empty() && (warp.aligned.front().lanes | warp.exited) == ~0u >> (32 - lanes); ++warp.first_aligned)
+    warp.aligned.pop_front();
+}
 
 void barrier_sync(int id, int threads, Site site) {
   Inside inside;
@@ -90,37 +115,42 @@ void barrier_arrive(int id, int threads, Site site) {
   if (is_complete(block, barrier)) complete(block, barrier, nullptr);
 }
 
-void cluster_arrive(Site site) {
+void cluster_arrive(bool release, Site site) {
   Inside inside;
+  aligned(site);
   Thread& thread = *self();
   Cluster& cluster = *thread.cta->cluster;
   if (thread.cluster_arrived) fail("barrier.cluster.arrive twice without a wait between", site);
   thread.cluster_arrived = true;
   thread.cluster_phase = cluster.phase;
-  check::release(cluster.clock, thread);
+  release ? check::release(cluster.clock, thread) : check::release_passed(cluster.clock, thread);
   ++cluster.arrived;
   complete_if_all_arrived(cluster);
 }
 
 void cluster_wait(Site site) {
   Inside inside;
+  aligned(site);
   Thread& thread = *self();
   Cluster& cluster = *thread.cta->cluster;
   if (!thread.cluster_arrived) fail("barrier.cluster.wait without an arrive before it", site);
   thread.cluster_arrived = false;
   check::count(check::Count::barrier_waits, 1, site);
-  if (cluster.phase != thread.cluster_phase) return check::acquire(cluster.clock, thread);
+  if (cluster.phase != thread.cluster_phase) return check::acquire(cluster.done, thread);
   cluster.waiting.push_back(&thread);
   block_on(Waits::cluster, &cluster, cluster.phase, site);
 }
 
 void leave_barriers(Thread& thread) {
   Cta& block = *thread.cta;
+  block.warps[thread.linear / 32].exited |= 1u << thread.linear % 32;
+  Cluster& cluster = *block.cluster;
+  if (thread.cluster_arrived && thread.cluster_phase == cluster.phase) --cluster.arrived;  // it no longer counts
   Barrier& barrier = block.barriers[0];
   if (!is_full(block, barrier)) check::release(barrier.clock, thread);  // to exit is to arrive, here and below
-  if (block.gang->blocks.size() > 1) check::release(block.cluster->clock, thread);
+  if (block.gang->blocks.size() > 1) check::release(cluster.clock, thread);
   if (barrier.arrived && !barrier.expected && is_complete(block, barrier)) complete(block, barrier, nullptr);
-  complete_if_all_arrived(*block.cluster);
+  complete_if_all_arrived(cluster);
 }
 
 // ---- warps ---------------------------------------------------------------------------------------------------------
@@ -176,9 +206,11 @@ bool elect(unsigned mask, Site site) {
 void set_registers(int registers, bool increase, Site site) {
   Thread& thread = *self();
   Cta& block = *thread.cta;
+  aligned(site);
   warp_collective(~0u, WarpOp::setmaxnreg, nullptr, nullptr, site);
   Inside inside;
   Warp& warp = block.warps[thread.linear / 32];
+  if (thread.linear % 32 == 0) ++warp.registers_set, warp.registers_site = site;
   if (warp.registers == registers) return;  // another lane has done it
   if (increase != (registers > warp.registers))
     fail(std::string("setmaxnreg.") + (increase ? "inc" : "dec") + " to " + std::to_string(registers) +

@@ -53,45 +53,48 @@ void reduce_elements(char* global, const char* data, size_t bytes, Combine combi
   }
 }
 
-template <class T>
-T combined(Reduction reduction, T x, T y) {
-  return reduction == Reduction::add ? T(x + y) : reduction == Reduction::min ? (y < x ? y : x) : (x < y ? y : x);
-}
-
 template <class Bits, class T>
-void reduce_as(Reduction reduction, char* global, const char* data, size_t bytes) {
-  reduce_elements<Bits>(global, data, bytes, [reduction](Bits old, Bits operand) {
+void add_as(char* global, const char* data, size_t bytes) {
+  reduce_elements<Bits>(global, data, bytes, [](Bits old, Bits operand) {
     T x, y;
     memcpy(&x, &old, sizeof x);
     memcpy(&y, &operand, sizeof y);
-    const T result = combined<T>(reduction, x, y);
+    const T result = x + y;
     Bits bits;
     memcpy(&bits, &result, sizeof bits);
     return bits;
   });
 }
 
-void reduce(Reduction reduction, DataType type, char* global, const char* data, size_t bytes) {
+void reduce_add(DataType type, char* global, const char* data, size_t bytes) {
   switch (type) {
-    case DataType::u32: return reduce_as<uint32_t, uint32_t>(reduction, global, data, bytes);
-    case DataType::i32: return reduce_as<uint32_t, int32_t>(reduction, global, data, bytes);
-    case DataType::u64: return reduce_as<uint64_t, uint64_t>(reduction, global, data, bytes);
-    case DataType::i64: return reduce_as<uint64_t, int64_t>(reduction, global, data, bytes);
-    case DataType::f32: return reduce_as<uint32_t, float>(reduction, global, data, bytes);
-    case DataType::f64: return reduce_as<uint64_t, double>(reduction, global, data, bytes);
+    case DataType::u32: case DataType::i32: return add_as<uint32_t, uint32_t>(global, data, bytes);
+    case DataType::u64: case DataType::i64: return add_as<uint64_t, uint64_t>(global, data, bytes);
+    case DataType::f32: return add_as<uint32_t, float>(global, data, bytes);
+    case DataType::f64: return add_as<uint64_t, double>(global, data, bytes);
     case DataType::f16:
-      return reduce_elements<uint16_t>(global, data, bytes, [reduction](uint16_t x, uint16_t y) {
-        return f16_bits(combined(reduction, f16_value(x), f16_value(y)));
+      return reduce_elements<uint16_t>(global, data, bytes, [](uint16_t x, uint16_t y) {
+        return f16_bits(f16_value(x) + f16_value(y));
       });
     case DataType::bf16:
-      return reduce_elements<uint16_t>(global, data, bytes, [reduction](uint16_t x, uint16_t y) {
-        return bf16_bits(combined(reduction, bf16_value(x), bf16_value(y)));
+      return reduce_elements<uint16_t>(global, data, bytes, [](uint16_t x, uint16_t y) {
+        return bf16_bits(bf16_value(x) + bf16_value(y));
       });
     default: break;  // refused when the operation was issued
   }
 }
 
 }  // namespace
+
+std::vector<std::pair<uint32_t, uint32_t>> inside_tensor(const CopyOperation& op) {
+  std::vector<std::pair<uint32_t, uint32_t>> inside;
+  each_row(op, [&](size_t row, const char*, size_t first, size_t bytes) {
+    const uint32_t low = uint32_t(row + first), high = low + uint32_t(bytes);
+    if (!inside.empty() && inside.back().second == low) inside.back().second = high;
+    else inside.push_back({low, high});
+  });
+  return inside;
+}
 
 uint32_t box_bytes(const TensorMap& map) {
   uint32_t bytes = uint32_t(map.shape.box[0]) * uint32_t(size_of(map.type));
@@ -113,7 +116,7 @@ void write_global(CopyOperation& op, const char* box) {
     if (op.reduction == Reduction::none)
       memcpy(global, box + row + first, bytes);
     else
-      reduce(op.reduction, op.type, global, box + row + first, bytes);
+      reduce_add(op.type, global, box + row + first, bytes);
   });
 }
 

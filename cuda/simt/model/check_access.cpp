@@ -17,6 +17,26 @@ struct Registers {
 };
 std::vector<std::vector<Registers>> flying;  // by thread of the gang
 
+struct Touched {  // bytes of its own stack that a thread has touched since its last wgmma.fence; the latest of them
+  bool watching = false;
+  unsigned count = 0, next = 0;
+  struct {
+    const char *start, *end;
+    uint16_t place;
+  } piece[32];
+
+  void add(const char* start, const char* end, uint16_t place) {
+    for (unsigned i = 0; i < count; ++i)
+      if (start <= piece[i].end && end >= piece[i].start) {  // neighbours become one
+        piece[i] = {std::min(start, piece[i].start), std::max(end, piece[i].end), place};
+        return;
+      }
+    if (count < 32) piece[count++] = {start, end, place};
+    else piece[next++ % 32] = {start, end, place};
+  }
+};
+std::vector<Touched> touched;  // by thread of the gang
+
 std::string bytes_text(size_t bytes) { return std::to_string(bytes) + (bytes == 1 ? " byte" : " bytes"); }
 
 [[noreturn]] void out_of_bounds(const Access& access) {
@@ -45,11 +65,12 @@ void check_located(const Access& access, const Location& location) {
   }
 }
 
-// A peer that has exited has given its shared memory back.
-void check_alive(const Access& access, const Location& location, const Thread& thread) {
-  if (location.space == Space::shared && location.block != thread.cta && !location.block->alive)
-    report(access, std::string(access.write ? "write to " : "read of ") + name_of(access.pointer) +
-                       ", whose block has exited");
+// A peer may not have started yet, or has exited and given its shared memory back.
+void check_reachable(const Access& access, const Location& location, const Thread& thread) {
+  if (location.space != Space::shared || location.block == thread.cta) return;
+  const std::string what = std::string(access.write ? "write to " : "read of ") + name_of(access.pointer);
+  if (!location.block->alive) report(access, what + ", whose block has exited");
+  if (!thread.cta->cluster->phase) report(access, what + ", whose block " + not_started_text);
 }
 
 Access by(Thread& thread, const void* pointer, size_t bytes, bool write, uint16_t place) {
@@ -68,7 +89,7 @@ void check_generic(const void* pointer, size_t bytes, bool write, bool is_volati
   Access access = by(thread, pointer, bytes, write, place);
   access.is_volatile = is_volatile;
   const Location location = locate(pointer, bytes, write, thread);
-  check_alive(access, location, thread);
+  check_reachable(access, location, thread);
   if (is_volatile && location.space != Space::constant) {
     if (!write) volatile_access(pointer, location.space != Space::global, false, thread);
     access.tick = clock_of(thread).tick;
@@ -86,12 +107,25 @@ void touch(const void* pointer, size_t bytes, bool write, Thread& thread, Site s
 void atomic(const void* pointer, size_t bytes, Thread& thread, Site site) {
   const uint16_t place = place_of(site);
   const Location location = locate(pointer, bytes, true, thread);
-  check_alive(by(thread, pointer, bytes, true, place), location, thread);
+  check_reachable(by(thread, pointer, bytes, true, place), location, thread);
   synchronise(pointer, location.space != Space::global, thread);
   Access access = by(thread, pointer, bytes, true, place);
   access.atomic = true;
   --access.tick;  // what it released holds the atomic itself
   check_located(access, location);
+}
+
+void load_acquire(const void* pointer, size_t bytes, Thread& thread, Site site) {
+  check_generic(pointer, bytes, false, true, thread, place_of(site));
+}
+
+void store_release(const void* pointer, size_t bytes, Thread& thread, Site site) {
+  const Location location = locate(pointer, bytes, true, thread);
+  Access access = by(thread, pointer, bytes, true, place_of(site));
+  access.is_volatile = true;
+  check_reachable(access, location, thread);
+  check_located(access, location);
+  release_at(pointer, location.space != Space::global, thread);
 }
 
 void async_access(Snapshot& snapshot, const void* pointer, size_t bytes, bool write, Cta* shared, Site issued,
@@ -127,10 +161,29 @@ void in_flight(Thread& thread, const void* registers, size_t bytes, bool written
 
 void landed(Thread& thread) { flying[thread.index].clear(); }
 
-bool any_in_flight(const Thread& thread) { return !flying[thread.index].empty(); }
+bool any_watched(const Thread& thread) { return touched[thread.index].watching || !flying[thread.index].empty(); }
+
+void fence_registers(Thread& thread) {
+  Touched& its = touched[thread.index];
+  its.watching = true;
+  its.count = 0;
+}
+
+void touch_registers(Thread& thread, const void* registers, size_t bytes, Site site) {
+  if (any_watched(thread)) check_registers(registers, bytes, true, thread, place_of(site));
+}
+
+void registers_fenced(Thread& thread, const void* registers, size_t bytes, Site site) {
+  const char* start = static_cast<const char*>(registers);
+  const Touched& its = touched[thread.index];
+  for (unsigned i = 0; i < its.count; ++i)
+    if (start < its.piece[i].end && start + bytes > its.piece[i].start)
+      fail("wgmma without a wgmma.fence since its registers were touched at " + line_text(its.piece[i].place), site);
+}
 
 void check_registers(const void* pointer, size_t bytes, bool write, const Thread& thread, uint16_t place) {
   const char* start = static_cast<const char*>(pointer);
+  touched[thread.index].add(start, start + bytes, place);
   for (const Registers& r : flying[thread.index])
     if (start < r.end && start + bytes > r.start && (write || r.written))
       fail("registers of the wgmma issued at " + line_text(place_of(r.site)) + " are touched before wgmma_wait_group",
@@ -143,8 +196,6 @@ void begin_grid(const void* kernel, const void* argument) {
   begin_global_shadow();
   forget_addresses();
 }
-
-void end_grid() {}
 
 void begin_gang(Gang& gang) {
   const unsigned count = unsigned(gang.threads.size());
@@ -164,6 +215,7 @@ void begin_gang(Gang& gang) {
   clocks.shared_addresses.clear();
   for (auto& registers : flying) registers.clear();
   if (flying.size() < count) flying.resize(count);
+  touched.assign(count, {});
   begin_shadow();
   if (worker->options.counters) begin_counting(gang);
 }

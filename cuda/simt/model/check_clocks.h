@@ -20,7 +20,7 @@ using Ticks = std::vector<uint32_t>;   // by agent; missing entries are 0
 using Known = std::shared_ptr<Ticks>;  // changed in place by a sole owner only; null: nothing is known
 struct Earlier {
   uint32_t gang;
-  Known known;
+  Known known, passed;
 };
 using Foreign = std::shared_ptr<const std::vector<Earlier>>;  // of gangs that ran before, ascending
 
@@ -33,26 +33,30 @@ inline uint32_t tick_of(const Known& known, uint32_t agent) {
 struct Clock {
   Known known;
   Known fenced;     // what was known at a fence.proxy.async in the past
+  Known visible;    // what was known at a __threadfence in the past: an atomic releases no more
+  Known passed;     // what has run, though it need not be visible: reads and atomics are over
   Foreign foreign;  // through atomics
-  uint32_t self = nobody, tick = 0, fenced_tick = 0;  // the holder's own entries, newer than those in the vectors
+  // The holder's own entries, newer than those in the vectors.
+  uint32_t self = nobody, tick = 0, fenced_tick = 0, visible_tick = 0;
   uint32_t time = 0, issuer = nobody;                 // of a snapshot: operations issued before it; by which thread
-  Known last_known, last_fenced;                      // of a sum: what was added last
+  Known last_known, last_fenced, last_visible, last_passed;  // of a sum: what was added last
   uint64_t serial = 0;                                // of a sum: which one it is
 
   uint32_t knows(uint32_t agent) const { return agent == self ? tick : tick_of(known, agent); }
   uint32_t knows_fenced(uint32_t agent) const { return agent == self ? fenced_tick : tick_of(fenced, agent); }
+  uint32_t knows_passed(uint32_t agent) const { return std::max(knows(agent), tick_of(passed, agent)); }
 };
 
 struct ThreadClock {
   Clock clock;
   uint64_t released_serial = 0;  // the sum it was added to last, with these:
   Known released_known, released_fenced;
-  bool fenced_memory = false;    // has passed a __threadfence
 };
 
 struct MbarrierClock {
   Clock arriving, done;  // the arrivals of this phase; those of all completed ones
   uint32_t initialiser = nobody, tick = 0;
+  uint32_t fence_tick = 0;  // of the initialiser's fence.mbarrier_init; 0: there was none
   Site site{"?", 0};  // of its mbarrier.init
 };
 
@@ -82,10 +86,23 @@ struct Clocks {
 extern Clocks clocks;  // the checked build runs on one OS thread
 
 Clock& clock_of(const Thread& thread);
+// A holder learns what others know; the result is shared with those that knew, and learn, the same.
+void join(Known& into, const Known& from);
+void join(Foreign& into, const Foreign& from);
+void learn(Known& into, uint32_t agent, uint32_t tick);
+void learn(Clock& clock, const Clock& sum);
+// A sum grows in place. `last`: what was added to it before.
+void add(Known& sum, Known& last, const Known& from);
+void add(Clock& sum, const Clock& from);
+void add_entry(Known& sum, uint32_t agent, uint32_t tick);
+
+// ---- check_sync.cpp ----
 void forget_addresses();  // a new grid: what its predecessors released is in the past of all
-// An atomic at `pointer`, or a volatile access of which `writes` says whether it is a store.
+// An atomic at `pointer`; or a volatile access of which `writes` says whether it is a store.
 void synchronise(const void* pointer, bool in_shared, Thread& thread);
 void volatile_access(const void* pointer, bool in_shared, bool writes, Thread& thread);
-bool knows_foreign(const Foreign& foreign, uint32_t gang, uint32_t agent, uint32_t tick);
+void release_at(const void* pointer, bool in_shared, Thread& thread);  // of all it knows: st.release
+// `passed`: has it only to be over, not to be visible?
+bool knows_foreign(const Foreign& foreign, uint32_t gang, uint32_t agent, uint32_t tick, bool passed);
 
 }  // namespace simt::model::check

@@ -97,7 +97,6 @@ const char* kind_of(Count what) {
     case Count::mma: return "mma";
     case Count::barrier_waits: return "barrier";
     case Count::mbarrier_waits: return "mbarrier";
-    case Count::shuffles: return "shuffle";
     case Count::atomics: return "atomic";
     default: return "cp.async";
   }
@@ -167,6 +166,7 @@ void flush_counters() {
 
 std::vector<CounterRow> take_counters() {
   using namespace model::check;
+  std::lock_guard lock(model::locks().grid);
   std::vector<uint16_t> places;
   for (const auto& [key, sum] : sums) places.push_back(key.first);
   read_lines(places);

@@ -65,7 +65,7 @@ inline void hook(const void* pointer, size_t bytes, bool write, bool is_volatile
   if (!thread || !bytes || is_models_own(pointer)) return;
   if (pointer >= thread && pointer < thread + 1) return;  // threadIdx and its like
   if (thread->fiber->holds(pointer)) {
-    if (any_in_flight(*thread)) check_own_stack(pointer, bytes, write, pc);
+    if (any_watched(*thread)) check_own_stack(pointer, bytes, write, pc);
     return;
   }
   check_access(pointer, bytes, write, is_volatile, pc);

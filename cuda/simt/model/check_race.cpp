@@ -45,6 +45,12 @@ std::string author(const Slot& slot, bool in_shared) {
 
 std::string verb(const Slot& slot) { return slot.flags & slot_write ? "write" : "read"; }
 
+// Is the thread one of the warpgroup whose wgmma this is?
+bool issued_by(const Access& access, uint32_t thread) {
+  const Thread &one = worker->gang.threads[access.clock->issuer], &other = worker->gang.threads[thread];
+  return one.cta == other.cta && one.linear / 128 == other.linear / 128;
+}
+
 // What the reader should look for.
 std::string advice(const Access& access, const Slot& other, bool in_shared) {
   const bool by_agent = is_agent(access), other_agent = !clocks.is_thread(other.who);
@@ -58,6 +64,8 @@ std::string advice(const Access& access, const Slot& other, bool in_shared) {
       const char* wait = copy ? "cp_async_wait_group"
                          : fills ? "its mbarrier"
                          : clocks.kind(access.who) == Agent::wgmma ? "wgmma_wait_group" : "bulk_wait_group";
+      if (clocks.kind(access.who) == Agent::wgmma && issued_by(access, other.who))
+        return "\n  a barrier must lie between what the warps of a warpgroup write and their wgmma";
       return "\n  that came while " + self + " was in flight: " + std::string(wait) + " was not waited for" +
              (fills ? ", or " + refilled : "");
     }

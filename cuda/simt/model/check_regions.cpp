@@ -27,6 +27,7 @@ size_t last_buffer = 0;
 }  // namespace
 
 void register_buffer(const void* pointer, size_t bytes, const char* name) {
+  std::lock_guard lock(model::locks().grid);
   Buffer buffer{static_cast<const char*>(pointer), bytes, name};
   auto after = std::lower_bound(buffers.begin(), buffers.end(), buffer.start,
                                 [](const Buffer& b, const char* start) { return b.start < start; });
@@ -34,6 +35,7 @@ void register_buffer(const void* pointer, size_t bytes, const char* name) {
 }
 
 void unregister_buffers() {
+  std::lock_guard lock(model::locks().grid);
   buffers.clear();
   model::check::forget_global_shadow();
 }

@@ -33,8 +33,11 @@ unsigned random_number() {
 
 // Is the kept access in the accessor's past?
 bool is_before(const Slot& slot, const Access& access) {
-  if (slot.gang != clocks.gang) return knows_foreign(access.clock->foreign, slot.gang, slot.who, slot.tick);
-  return slot.tick <= access.clock->knows(slot.who) || (slot.who == access.who && slot.tick == access.tick);
+  // A read, or an atomic, has nothing that must become visible: it only has to be over.
+  const bool passed = !(slot.flags & slot_write) || slot.flags & slot_strong;
+  if (slot.gang != clocks.gang) return knows_foreign(access.clock->foreign, slot.gang, slot.who, slot.tick, passed);
+  return slot.tick <= (passed ? access.clock->knows_passed(slot.who) : access.clock->knows(slot.who)) ||
+         (slot.who == access.who && slot.tick == access.tick);
 }
 
 int victim(const Cell& cell) {

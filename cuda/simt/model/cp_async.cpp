@@ -1,6 +1,7 @@
 // cp.async: each thread's small copies from global to shared memory, delayed until the thread waits for their group (or
 // until an mbarrier must have its arrival). The destination is poisoned until then. They write as the thread would: TMA
-// and wgmma see the data after a fence.proxy.async. Not modelled: cp.async.mbarrier.arrive without .noinc.
+// and wgmma see the data after a fence.proxy.async. cp.async.mbarrier.arrive
+// is that with .noinc.
 #include <cstring>
 
 #include "state.h"
@@ -22,7 +23,7 @@ void check_copy(const char* destination, const char* source, int bytes, int sour
     fail(what + ": the source " + where(source) + " is not aligned to that", site);
 }
 
-void land(CpAsync& copy, Cta& block) {
+void land_copy(CpAsync& copy, Cta& block) {
   if (copy.landed) return;
   copy.landed = true;
   Cta* shared = block.contains(copy.destination) ? &block : nullptr;
@@ -37,7 +38,7 @@ uint64_t issued(const ThreadAsync& mine) { return mine.copies_done + mine.copies
 
 void land_until(Thread& thread, uint64_t end) {
   ThreadAsync& its = thread.async;
-  for (uint64_t i = its.copies_done; i < end; ++i) land(its.copies[i - its.copies_done], *thread.cta);
+  for (uint64_t i = its.copies_done; i < end; ++i) land_copy(its.copies[i - its.copies_done], *thread.cta);
 }
 
 }  // namespace
@@ -56,7 +57,7 @@ void cp_async(void* destination, const void* source, int bytes, int source_bytes
   memset(destination, 0xff, size_t(bytes));
   check::count(check::Count::cp_async_bytes, uint64_t(bytes), site);
   check::issue(copy.snapshot, thread, check::Agent::cp_async);
-  if (happens_at_once()) land(copy, block);
+  if (happens_at_once()) land_copy(copy, block);
   thread.async.copies.push_back(std::move(copy));
 }
 
@@ -73,6 +74,7 @@ void cp_async_wait_group(int pending, Site) {
   if (int(mine.copy_groups.size()) <= pending) return;
   const uint64_t end = mine.copy_groups[mine.copy_groups.size() - 1 - size_t(pending)];
   mine.copy_groups.erase(mine.copy_groups.begin(), mine.copy_groups.end() - pending);
+  check::acquire(mine.retired, thread);
   if (end <= mine.copies_done) return;
   land_until(thread, end);
   for (uint64_t i = mine.copies_done; i < end; ++i) check::acquire(mine.copies[i - mine.copies_done].snapshot, thread);
@@ -80,9 +82,8 @@ void cp_async_wait_group(int pending, Site) {
   mine.copies_done = end;
 }
 
-void cp_async_mbarrier_arrive(uint64_t* barrier, bool noinc, Site site) {
+void cp_async_mbarrier_arrive(uint64_t* barrier, Site site) {
   Inside inside;
-  if (!noinc) fail("cp.async.mbarrier.arrive without .noinc is not modelled", site);
   Thread& thread = *self();
   shared_range("the mbarrier of cp.async.mbarrier.arrive", barrier, 8, 8, site);
   mbarrier_check(barrier, site);
@@ -97,9 +98,13 @@ void cp_arrival_complete(Gang& gang, size_t index) {
   const CpArrival arrival = std::move(gang.async.arrivals[index]);
   gang.async.arrivals.erase(gang.async.arrivals.begin() + long(index));
   land_until(*arrival.thread, arrival.end);
-  for (const CpAsync& copy : arrival.thread->async.copies)
-    if (copy.landed) check::mbarrier_arrive(arrival.barrier, copy.snapshot, copy.site);
-  mbarrier_arrive_by(arrival.barrier, arrival.snapshot, arrival.site);
+  mbarrier_arrive_by(arrival.barrier, arrival.snapshot, arrival.site);  // later than all of these copies: brings them along
+  ThreadAsync& its = arrival.thread->async;
+  while (its.copy_groups.empty() && its.copies_done < arrival.end) {  // no wait for a group asks for them one by one
+    its.retired = its.copies.front().snapshot;
+    its.copies.pop_front();
+    ++its.copies_done;
+  }
 }
 
 }  // namespace simt::model

@@ -81,7 +81,11 @@ Fiber::Fiber(void (*entry)()) : entry_(entry) {
   void* memory = mmap(nullptr, stack_bytes + guard_bytes, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  mprotect(memory, guard_bytes, PROT_NONE);  // a stack that overflows faults instead of writing into its neighbour
+  // A stack that overflows faults instead of writing into its neighbour.
+  if (mprotect(memory, guard_bytes, PROT_NONE)) {  // too many mappings: vm.max_map_count
+    munmap(memory, stack_bytes + guard_bytes);
+    throw std::bad_alloc();
+  }
   base_ = static_cast<char*>(memory) + guard_bytes;
   rewind();
 }

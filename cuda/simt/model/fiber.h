@@ -29,7 +29,7 @@ class Fiber {
 
  private:
   void (*entry_)() = nullptr;
-  char* base_ = nullptr;  // lowest usable byte; the guard page lies below
+  char* base_ = nullptr;  // lowest usable byte; the 64 KiB of the guard lie below
   void* stack_pointer_ = nullptr;
 #if defined(SIMT_UCONTEXT)
   ucontext_t context_;

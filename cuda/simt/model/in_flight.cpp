@@ -9,7 +9,7 @@ namespace simt::model {
 namespace {
 
 // Does the operation still write, or read, this block's shared memory?
-bool covers(const CopyOperation& op, const Cta& block) {
+bool concerns(const CopyOperation& op, const Cta& block) {
   if (op.kind == CopyOperation::Kind::store) return op.block == &block && !op.read;
   return std::find(op.targets.begin(), op.targets.end(), &block) != op.targets.end();
 }
@@ -27,7 +27,7 @@ std::string copy_in_words(const CopyOperation& op) {
 
 const CopyOperation* load_in_flight(const Cta& block, uint32_t low, uint32_t high) {
   for (const CopyOperation& op : block.gang->async.copies)
-    if (op.kind == CopyOperation::Kind::load && covers(op, block) &&
+    if (op.kind == CopyOperation::Kind::load && concerns(op, block) &&
         overlap(low, high, op.offset, op.offset + op.bytes))
       return &op;
   return nullptr;
@@ -36,7 +36,7 @@ const CopyOperation* load_in_flight(const Cta& block, uint32_t low, uint32_t hig
 void check_overwrite(const std::string& what, const Cta& block, uint32_t offset, uint32_t bytes, Site site) {
   const std::string there = (self()->cta == &block ? "" : " of " + block_name(block));
   for (const CopyOperation& op : block.gang->async.copies) {
-    if (!overlap(offset, offset + bytes, op.offset, op.offset + op.bytes) || !covers(op, block)) continue;
+    if (!overlap(offset, offset + bytes, op.offset, op.offset + op.bytes) || !concerns(op, block)) continue;
     if (op.kind == CopyOperation::Kind::load)
       fail(what + " into " + shared_name(offset) + there + " while " + copy_in_words(op) + " is in flight there", site);
     fail(what + " overwrites " + shared_name(op.offset) + there + ", which " + copy_in_words(op) +

@@ -1,8 +1,11 @@
 // A grid: its limits, its blocks cut into gangs (clusters), the gangs dealt to OS threads, the first mistake raised.
+#include <pthread.h>
+
 #include <algorithm>
 #include <atomic>
 #include <cstring>
 #include <mutex>
+#include <system_error>
 #include <thread>
 
 #include "state.h"
@@ -16,11 +19,38 @@ Options& options() {
 
 namespace model {
 
+Locks& locks() {
+  static Locks& all = []() -> Locks& {
+    pthread_atfork(
+        [] {
+          locks().grid.lock();
+          locks().watchdog.lock();
+          locks().pool.lock();
+          locks().atomics.lock();
+        },
+        [] {
+          locks().atomics.unlock();
+          locks().pool.unlock();
+          locks().watchdog.unlock();
+          locks().grid.unlock();
+        },
+        [] {
+          locks().atomics.unlock();
+          locks().pool.unlock();
+          locks().watchdog.unlock();
+          locks().grid.unlock();
+        });
+    return *new Locks;  // never destroyed: the watchdog's thread outlives main
+  }();
+  return all;
+}
+
 namespace {
 
 constexpr size_t shared_bytes_limit = 227 * 1024;
 constexpr uint64_t register_file = 65536;
-constexpr size_t gang_threads_limit = 32768;
+// A stack is two mappings, one of them its guard; Linux allows a process 65530 (vm.max_map_count).
+constexpr size_t stacks_limit = 31 * 1024;
 constexpr size_t gap = 4096;  // between blocks' shared memory: an overrun of one is not in another
 
 struct Grid {
@@ -28,7 +58,7 @@ struct Grid {
   size_t shared_bytes;
   unsigned cluster;
   bool co_resident;
-  unsigned threads() const { return block.x * block.y * block.z; }
+  uint64_t threads() const { return uint64_t(block.x) * block.y * block.z; }
   uint64_t blocks() const { return uint64_t(grid.x) * grid.y * grid.z; }
   uint64_t blocks_of_gang() const { return co_resident ? blocks() : cluster; }
 };
@@ -38,7 +68,7 @@ void refuse(const std::string& what) { throw Error("launch: " + what); }
 void check_limits(const Grid& g) {
   auto text = [](auto value) { return std::to_string(value); };
   if (!g.grid.x || !g.grid.y || !g.grid.z || !g.threads()) refuse("a grid and a block need at least one thread");
-  if (uint64_t(g.block.x) * g.block.y * g.block.z > 1024 || g.block.z > 64)
+  if (g.block.x > 1024 || g.block.y > 1024 || g.block.z > 64 || g.threads() > 1024)
     refuse("a block has at most 1024 threads, 64 along z; got " + text(g.block.x) + "x" + text(g.block.y) + "x" +
            text(g.block.z));
   if (g.grid.x > 0x7fffffffu || g.grid.y > 65535 || g.grid.z > 65535)
@@ -48,8 +78,8 @@ void check_limits(const Grid& g) {
   if (!g.cluster || g.cluster > 8) refuse("a cluster has 1 to 8 blocks; got " + text(g.cluster));
   if (g.grid.x % g.cluster)
     refuse("grid.x = " + text(g.grid.x) + " is not a multiple of the cluster's " + text(g.cluster) + " blocks");
-  if (g.blocks_of_gang() * g.threads() > gang_threads_limit)
-    refuse("blocks that wait for each other may have " + text(gang_threads_limit) + " threads in all here; got " +
+  if (g.blocks_of_gang() > stacks_limit || g.blocks_of_gang() * g.threads() > stacks_limit)
+    refuse("blocks that wait for each other may have " + text(stacks_limit) + " threads in all here; got " +
            text(g.blocks_of_gang() * g.threads()));
 }
 
@@ -57,7 +87,7 @@ void set_up_block(Worker& w, const Grid& g, Cta& block, uint64_t number, char* s
   block.index = {unsigned(number % g.grid.x), unsigned(number / g.grid.x % g.grid.y),
                  unsigned(number / g.grid.x / g.grid.y)};
   block.gang = &w.gang;
-  block.count = block.alive = g.threads();
+  block.count = block.alive = unsigned(g.threads());
   block.shared = shared;
   block.shared_bytes = g.shared_bytes;
   for (Barrier& barrier : block.barriers) barrier = {};
@@ -130,29 +160,37 @@ std::string run_gang(Worker& w, const Grid& g, uint64_t number) {
 }
 
 // Workers keep their stacks and shared memory from launch to launch.
-std::mutex pool_mutex;
 std::vector<Worker*>& pool() {
   static auto* workers = new std::vector<Worker*>;  // never destroyed: a launch may come from an exit handler
   return *workers;
 }
 Worker* borrow_worker() {
-  std::lock_guard lock(pool_mutex);
-  if (pool().empty()) return new Worker;
-  Worker* w = pool().back();
-  pool().pop_back();
+  Worker* w = nullptr;
+  {
+    std::lock_guard lock(locks().pool);
+    if (!pool().empty()) {
+      w = pool().back();
+      pool().pop_back();
+    }
+  }
+  if (!w) w = new Worker;
+  // What runs on a stack may have kept the address of a thread-local variable.
+  if (w->home != std::this_thread::get_id()) take_stacks_back(*w);
+  w->home = std::this_thread::get_id();
   return w;
 }
 void return_worker(Worker* w) {
-  std::lock_guard lock(pool_mutex);
+  std::lock_guard lock(locks().pool);
   pool().push_back(w);
 }
 
-unsigned worker_count([[maybe_unused]] const Options& options, [[maybe_unused]] uint64_t gangs) {
+unsigned worker_count([[maybe_unused]] const Options& options, [[maybe_unused]] const Grid& g) {
 #if defined(SIMT_CHECKED)
   return 1;  // the checker orders all accesses of a grid
 #else
   const unsigned wanted = options.workers > 0 ? unsigned(options.workers) : std::max(1u, std::thread::hardware_concurrency());
-  return unsigned(std::min<uint64_t>({wanted, gangs, 32}));  // 32: each may need a thousand stacks with guard pages
+  const uint64_t gangs = g.blocks() / g.blocks_of_gang(), stacks = g.blocks_of_gang() * g.threads();
+  return unsigned(std::min<uint64_t>({wanted, gangs, std::max<uint64_t>(1, stacks_limit / stacks), 31}));
 #endif
 }
 
@@ -160,6 +198,9 @@ unsigned worker_count([[maybe_unused]] const Options& options, [[maybe_unused]] 
 
 void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool co_resident, void (*entry)(void*),
               void* argument, const void* kernel) {
+#if defined(SIMT_CHECKED)
+  std::lock_guard lock(locks().grid);
+#endif
   const Grid g{grid, block, shared_bytes, cluster, co_resident};
   check_limits(g);
   const uint64_t gangs = g.blocks() / g.blocks_of_gang();
@@ -176,7 +217,6 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool
     mine->options = options;
     mine->entry = entry;
     mine->argument = argument;
-    mine->kernel = kernel;
     uint64_t gang;
     while (!failed && (gang = next++) < gangs) {
       std::string report;
@@ -196,14 +236,23 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool
   };
   check::begin_grid(kernel, argument);
   std::vector<std::thread> others;
-  for (unsigned i = 1; i < worker_count(options, gangs); ++i) others.emplace_back(work);
+  try {
+    for (unsigned i = 1; i < worker_count(options, g); ++i) others.emplace_back(work);
+  } catch (const std::system_error&) {  // no more OS threads: those there are do the work
+  }
   work();
   for (std::thread& other : others) other.join();
-  check::end_grid();
   if (failed) throw Error(error);
 }
 
-void* shared_memory() { return self()->cta->shared; }
+void* shared_memory(size_t bytes, Site site) {
+  const Cta& block = *self()->cta;
+  if (bytes > block.shared_bytes)
+    fail("dynamic_shared: a type of " + std::to_string(bytes) + " bytes, but the launch gave the block " +
+             std::to_string(block.shared_bytes),
+         site);
+  return block.shared;
+}
 
 }  // namespace model
 }  // namespace simt

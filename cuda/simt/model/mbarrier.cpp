@@ -58,16 +58,20 @@ std::string transaction_overflow(const uint64_t* barrier) {
   return name(barrier) + ": the transaction count leaves its range of +-" + std::to_string(largest_count) + " bytes";
 }
 
-void arrive(uint64_t* barrier, int64_t count, uint32_t bytes, Site site) {
+void arrive(uint64_t* barrier, uint32_t bytes, Site site) {
   Fields f = read(barrier, site);
   f.transactions += bytes;
-  f.pending -= count;
+  --f.pending;
   if (f.pending < 0)
     fail(name(barrier) + ": more arrivals than the " + std::to_string(f.expected) + " expected in phase " +
              std::to_string(f.phase),
          site);
   if (f.transactions > largest_count) fail(transaction_overflow(barrier), site);
   update(barrier, f);
+}
+
+void check_parity(uint32_t parity, Site site) {
+  if (parity > 1) fail("mbarrier.try_wait for parity " + std::to_string(parity) + ", expected 0 or 1", site);
 }
 
 void own(const uint64_t* barrier, const char* what, Site site) {
@@ -111,36 +115,39 @@ void mbarrier_inval(uint64_t* barrier, Site site) {
 
 void mbarrier_expect_transaction(uint64_t* barrier, uint32_t bytes, Site site) {
   Inside inside;
+  own(barrier, "mbarrier.expect_tx", site);
   Fields f = read(barrier, site);
+  check::mbarrier_use(barrier, *self(), site);
   f.transactions += bytes;
   if (f.transactions > largest_count) fail(transaction_overflow(barrier), site);
   update(barrier, f);
 }
 
-void mbarrier_arrive(uint64_t* barrier, uint32_t count, uint32_t transaction_bytes, Site site) {
+void mbarrier_arrive(uint64_t* barrier, uint32_t transaction_bytes, Site site) {
   Inside inside;
   own(barrier, "mbarrier.arrive", site);
   mbarrier_check(barrier, site);
   check::mbarrier_arrive(barrier, *self(), site);
-  arrive(barrier, count, transaction_bytes, site);
+  arrive(barrier, transaction_bytes, site);
 }
 
-void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank, uint32_t count, uint32_t transaction_bytes, Site site) {
+void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank, Site site) {
   Inside inside;
   own(barrier, "mapa", site);
   auto* remote = static_cast<uint64_t*>(map_rank(static_cast<void*>(barrier), rank, site));
-  const Cta& block = *owner(remote);
-  if (!block.alive) fail("remote arrive on " + name(remote) + ": " + block_name(block) + " has exited", site);
+  if (remote != barrier && !self()->cta->cluster->phase)
+    fail("remote arrive on " + name(remote) + ": the block " + not_started_text, site);
   mbarrier_check(remote, site);
   check::mbarrier_arrive(remote, *self(), site);
-  arrive(remote, count, transaction_bytes, site);
+  arrive(remote, 0, site);
 }
 
 bool mbarrier_test(uint64_t* barrier, uint32_t parity, Site site) {
   poll(site);
   Inside inside;
   own(barrier, "mbarrier.try_wait", site);
-  if (read(barrier, site).phase == (parity & 1)) return false;
+  check_parity(parity, site);
+  if (read(barrier, site).phase == parity) return false;
   check::mbarrier_acquire(barrier, *self(), site);
   return true;
 }
@@ -148,7 +155,7 @@ bool mbarrier_test(uint64_t* barrier, uint32_t parity, Site site) {
 void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site) {
   Inside inside;
   own(barrier, "mbarrier.try_wait", site);
-  if (parity > 1) fail("mbarrier.try_wait for parity " + std::to_string(parity) + ", expected 0 or 1", site);
+  check_parity(parity, site);
   check::count(check::Count::mbarrier_waits, 1, site);
   if (read(barrier, site).phase == parity) {
     worker->gang.mbarrier_waiting.push_back(self());
@@ -176,6 +183,10 @@ void mbarrier_arrive_by(uint64_t* barrier, const check::Snapshot& by, Site issue
 }
 
 // mbarrier.init becomes visible with the barrier that follows: threads switch only in the model, so nothing is delayed.
-void fence_mbarrier_init(Site) {}
+// The checked build asks for the fence where TMA counts on the barrier, or a relaxed cluster barrier follows.
+void fence_mbarrier_init(Site) {
+  Inside inside;
+  check::fence_mbarrier_init(*self());
+}
 
 }  // namespace simt::model

@@ -39,16 +39,19 @@ void* map_rank(void* pointer, uint32_t rank, Site site) {
   return target.shared + (static_cast<char*>(pointer) - block.shared);
 }
 
-uint32_t map_rank(uint32_t address, uint32_t rank, Site) { return (address & 0xffffff) | rank << 24; }
-
 // Most of it is as it was: comparing first is cheaper than writing all of it for each thread that fences.
 void publish(Cta& block) {
   constexpr size_t step = 1024;
   for (size_t at = 0; at < block.shared_bytes; at += step) {
     const size_t bytes = std::min(step, block.shared_bytes - at);
-    if (!memcmp(block.shared_async + at, block.shared + at, bytes)) continue;
-    memcpy(block.shared_async + at, block.shared + at, bytes);
-    async_written_by_threads(block, uint32_t(at), uint32_t(at + bytes));
+    const char* const threads = block.shared + at;
+    char* const async = block.shared_async + at;
+    if (!memcmp(async, threads, bytes)) continue;
+    size_t low = 0, high = bytes;
+    while (async[low] == threads[low]) ++low;
+    while (async[high - 1] == threads[high - 1]) --high;
+    memcpy(async + low, threads + low, high - low);
+    async_written_by_threads(block, uint32_t(at + low), uint32_t(at + high));
   }
 }
 
@@ -59,26 +62,48 @@ void fence_proxy_async(Site) {
   check::fence_proxy(*self());
 }
 
-void fence_memory(bool cluster_or_wider, Site) {
+void fence_memory(Site) {
   Inside inside;
-  check::fence_memory(*self(), cluster_or_wider);
+  check::fence_memory(*self());
 }
 
 void touch(const void* pointer, size_t bytes, bool write, Site site) { check::touch(pointer, bytes, write, *self(), site); }
 
+static void check_aligned(const void* pointer, size_t bytes, Site site) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes)
+    fail("an atomic at an address that is not aligned: " + where(pointer), site);
+}
+
 void trap(Site site) { fail("__trap()", site); }
 
 // Blocks run on several OS threads; a lock for all is enough at the speed of a model.
+uint32_t load_acquire(const uint32_t* pointer, Site site) {
+  poll(site);
+  Inside inside;
+  check_aligned(pointer, 4, site);
+  check::load_acquire(pointer, 4, *self(), site);
+  std::lock_guard lock(locks().atomics);
+  return *pointer;
+}
+
+void store_release(uint32_t* pointer, uint32_t value, Site site) {
+  Inside inside;
+  check_aligned(pointer, 4, site);
+  check::store_release(pointer, 4, *self(), site);
+  std::lock_guard lock(locks().atomics);
+  if (*pointer != value) progressed();
+  *pointer = value;
+}
+
 template <class T>
 T atomic_update(T* pointer, T (*change)(T, T, T), T operand, T compare, Site site) {
   static_assert(sizeof(T) == 4 || sizeof(T) == 8, "atomics are of 4 or 8 bytes");
-  static std::mutex mutex;
   poll(site);
   Inside inside;
-  if (reinterpret_cast<uintptr_t>(pointer) % sizeof(T)) fail("an atomic at an address that is not aligned: " + where(pointer), site);
+  check_aligned(pointer, sizeof(T), site);
   check::count(check::Count::atomics, 1, site);
   check::atomic(pointer, sizeof(T), *self(), site);
-  std::lock_guard lock(mutex);
+  std::lock_guard lock(locks().atomics);
   T old;
   memcpy(&old, pointer, sizeof(T));
   const T changed = change(old, operand, compare);

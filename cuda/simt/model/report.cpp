@@ -81,7 +81,7 @@ std::string waiting_for(const Thread& thread) {
 }
 
 // "0-31,64": at most eight runs.
-std::string ranges(const std::vector<unsigned>& numbers) {
+std::string runs(const std::vector<unsigned>& numbers) {
   std::string text;
   int shown = 0;
   for (size_t i = 0, j; i < numbers.size(); i = j) {
@@ -107,7 +107,7 @@ void deadlock(Worker& w) {
       groups[thread.state == State::done ? "exited" : waiting_for(thread) + " at " + at(thread.site)].push_back(i);
     }
     text += "\n  " + block_name(*block) + ":";
-    for (const auto& [what, threads] : groups) text += "\n    threads " + ranges(threads) + ": " + what;
+    for (const auto& [what, threads] : groups) text += "\n    threads " + runs(threads) + ": " + what;
   }
   throw Error(text);
 }

@@ -2,6 +2,7 @@
 // chosen by Options.order and the seed. When nobody can run, a delayed asynchronous operation happens; when there is
 // none either, the block is deadlocked.
 #include <algorithm>
+#include <cstdio>
 
 #include "state.h"
 
@@ -121,7 +122,14 @@ void leave(Thread& thread) {
   ++worker->progress;
   leave_barriers(thread);
   if (block.alive) return;
-  const std::string leftover = async_leftover(block);
+  std::string leftover = async_leftover(block);
+  for (size_t w = 0; w < block.warps.size(); ++w) {
+    const Warp &first = block.warps[w / 4 * 4], &warp = block.warps[w];
+    if (!leftover.empty() || warp.registers_set == first.registers_set) continue;
+    leftover = "setmaxnreg at " + at((warp.registers_set > first.registers_set ? warp : first).registers_site) +
+               " by some of the warps of warpgroup " + std::to_string(w / 4) + " of " + block_name(block) +
+               " only: all four must execute it";
+  }
   if (!leftover.empty()) throw Error(leftover);
   async_exit(block);
 }
@@ -184,13 +192,26 @@ void poll(Site site) {
 
 void progressed() { ++worker->progress; }
 
-uint64_t clock() { return ++worker->steps; }
+// Where nothing else happens, time passes faster and faster: a wait for the clock ends before it looks like a deadlock.
+uint64_t clock() {
+  Worker& w = *worker;
+  w.time_skipped += (1ull << std::min<uint64_t>(w.idle_rounds, 40)) - 1;
+  return ++w.steps + w.time_skipped;
+}
 
 void abandon(Worker& w, Fiber& running, std::string error) {
   w.error = std::move(error);
   current = nullptr;
   Fiber::switch_to(running, w.main);
   __builtin_unreachable();
+}
+
+void take_stacks_back(Worker& w) {
+  w.free_fibers.clear();
+  for (auto& fiber : w.fibers) {
+    fiber->rewind();
+    w.free_fibers.push_back(fiber.get());
+  }
 }
 
 void run_threads(Worker& w) {
@@ -202,15 +223,19 @@ void run_threads(Worker& w) {
   if (w.options.order == Order::random)
     for (size_t i = w.ready.size(); i > 1; --i) std::swap(w.ready[i - 1], w.ready[w.random() % i]);
   Thread* first = pick();
-  watch(w);
-  go_on_with(w.main, first);
-  unwatch(w);
-  if (w.error.empty()) return;
-  w.free_fibers.clear();  // threads were left in the middle: take every stack back
-  for (auto& fiber : w.fibers) {
-    fiber->rewind();
-    w.free_fibers.push_back(fiber.get());
+  w.interrupted = nullptr;
+  {
+    Watch watching(w);
+    go_on_with(w.main, first);
   }
+  if (w.interrupted) {
+    char seconds[32];
+    snprintf(seconds, sizeof seconds, "%g s", w.options.timeout_s);
+    w.error = std::string("a thread has run for ") + seconds +
+              " without reaching an instruction that lets others run: it spins on memory, or computes for longer than "
+              "Options.timeout_s allows\n  by " + describe(*w.interrupted);
+  }
+  if (!w.error.empty()) take_stacks_back(w);  // threads were left in the middle
 }
 
 }  // namespace simt::model

@@ -2,8 +2,11 @@
 // blocks of a grid whose blocks wait for each other. Every CUDA thread is a Thread with a fiber once it has started.
 #pragma once
 #include <cstdint>
+#include <deque>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../cpu/model.h"
@@ -31,6 +34,7 @@ struct Thread : ThreadContext {
   unsigned polls = 0;            // since it last let others run
   bool cluster_arrived = false;  // between cluster_arrive and cluster_wait
   uint64_t cluster_phase = 0;    // that it arrived in
+  uint64_t aligned = 0;          // .aligned instructions it has executed
   ThreadAsync async;
 };
 
@@ -49,8 +53,18 @@ struct Collective {  // a warp operation that some lanes have reached
   check::SyncClock clock;
 };
 
+struct Aligned {  // an .aligned instruction that some lanes of a warp have executed
+  Site site;
+  unsigned lanes;
+};
+
 struct Warp {
   std::vector<Collective> open;
+  std::deque<Aligned> aligned;  // until all lanes have
+  uint64_t first_aligned = 0;   // the number of the first of these
+  unsigned exited = 0;          // lanes
+  unsigned registers_set = 0;   // setmaxnreg so far, the last one here:
+  Site registers_site{"?", 0};
   int registers = 0;   // per thread
   int rank = 0;        // Order::priority
   std::vector<Thread*> ready;  // Order::priority
@@ -61,7 +75,7 @@ struct Cluster {
   unsigned arrived = 0;
   std::vector<Thread*> waiting;
   uint64_t phase = 0;
-  check::SyncClock clock;
+  check::SyncClock clock, done;  // the arrivals of this phase; of the one before
 };
 
 struct Cta {
@@ -108,13 +122,16 @@ struct Worker {
   size_t head = 0;
   std::vector<Thread*> polling;
   uint64_t progress = 0, progress_seen = 0, idle_rounds = 0, steps = 0;
+  uint64_t time_skipped = 0;  // by kernels that wait for the clock
   char* arena = nullptr;  // shared memory of the gang's blocks
   size_t arena_bytes = 0;
   uint64_t random_state = 1;
   std::string error;
   void (*entry)(void*) = nullptr;
   void* argument = nullptr;
-  const void* kernel = nullptr;
+  std::thread::id home;                // the OS thread that ran it last
+  volatile bool interrupt = false;     // the watchdog asks to leave the kernel,
+  Thread* volatile interrupted = nullptr;  // and this thread was running
 
   uint64_t random() {  // splitmix64
     uint64_t z = random_state += 0x9e3779b97f4a7c15ull;
@@ -134,18 +151,31 @@ struct Inside {
   ~Inside() { --thread->inside; }
 };
 
+// What OS threads share, in the order they are taken. fork() takes them all, so that the child finds them free.
+struct Locks {
+  std::mutex grid;  // of the checked build: clocks, shadow memory and counters belong to one launch at a time
+  std::mutex watchdog, pool, atomics;
+};
+Locks& locks();  // launch.cpp
+
 // ---- scheduler.cpp ----
 void block_on(Waits waits, const void* object, uint64_t detail, Site site);  // parks the running thread, runs others
 void wake(Thread* thread);
 void run_threads(Worker& worker);  // the gang's, from the start to the end; a mistake leaves its report in `error`
+void take_stacks_back(Worker& worker);  // of threads that will never go on
 [[noreturn]] void abandon(Worker& worker, Fiber& running, std::string error);  // leaves the fiber for good
 
 // ---- barrier.cpp ----
+void aligned(Site site);  // the running thread executes an .aligned instruction: the lanes of its warp must do the same
+constexpr const char* not_started_text = "may not have started: no cluster barrier has been passed";
 void leave_barriers(Thread& thread);  // it has exited: barriers no longer wait for it
 
 // ---- watchdog.cpp ----
-void watch(Worker& worker);  // until `unwatch`: no step of the scheduler for Options.timeout_s interrupts the kernel
-void unwatch(Worker& worker);
+struct Watch {  // as long as it lives: no step of the scheduler for Options.timeout_s interrupts the kernel
+  explicit Watch(Worker& worker);
+  ~Watch();
+  Worker& worker;
+};
 
 // ---- report.cpp: all raise Error, with the running thread or the operation's place in the text ----
 [[noreturn]] void fail(const std::string& message, Site site);
@@ -153,7 +183,7 @@ void unwatch(Worker& worker);
 [[noreturn]] void deadlock(Worker& worker);
 std::string describe(const Thread& thread);    // "thread 128 (warp 4) of block (0,0,0)"
 std::string at(Site site);                     // "file.cu:12"
-std::string where(const void* pointer);        // "smem+0x400" or "smem+0x400 of block rank 1", else the address
+std::string where(const void* pointer);        // "smem+0x400" or "smem+0x400 of block (1,0,0)", else the address
 std::string block_name(const Cta& block);      // "block (0,0,0)"
 
 // ---- memory.cpp ----

@@ -10,6 +10,7 @@ namespace simt::model {
 
 namespace {
 
+constexpr long groups_kept = 64;         // of a thread, that it has waited for the reading of
 constexpr uint64_t stores_kept_back = 8;  // of a thread, between reading shared memory and writing global memory
 
 void check_map(const char* what, const TensorMap* map, const Coordinates& at, Site site) {
@@ -27,9 +28,7 @@ void check_bulk(const char* what, const void* global, uint32_t bytes, Site site)
 }
 
 void check_reduction(Reduction reduction, DataType type, Site site) {
-  const bool no_type = type == DataType::u8 || type == DataType::u16;
-  const bool no_order = reduction != Reduction::add && (type == DataType::f32 || type == DataType::f64);
-  if (reduction != Reduction::none && (no_type || no_order))
+  if (reduction != Reduction::none && (type == DataType::u8 || type == DataType::u16))
     fail("cp.reduce.async.bulk has no such reduction for this element type", site);
 }
 
@@ -69,7 +68,7 @@ CopyOperation bulk_operation(CopyOperation::Kind kind, const void* global, const
 // ---- between the box in order and shared memory with its swizzle --------------------------------------------------
 
 template <class Move>
-void each_chunk(const CopyOperation& op, Move move) {  // move(offset in shared memory, offset in the box, bytes)
+void each_piece(const CopyOperation& op, Move move) {  // move(offset in shared memory, offset in the box, bytes)
   const Swizzle mode = op.tensor ? op.map.swizzle : Swizzle::none;
   if (mode == Swizzle::none) return move(op.offset, 0u, op.bytes);
   for (uint32_t i = 0; i < op.bytes; i += 16)
@@ -88,7 +87,7 @@ void remember_layout(const CopyOperation& op, Cta& block) {
 
 // ---- issue --------------------------------------------------------------------------------------------------------
 
-void enter(CopyOperation op) {
+void issue(CopyOperation op) {
   check::count(check::Count::tma_operations, 1, op.site);
   check::count(check::Count::tma_bytes, op.bytes, op.site);
   check::issue(op.snapshot, *self(), check::Agent::tma);
@@ -99,7 +98,8 @@ void enter(CopyOperation op) {
 }
 
 void choose_targets(CopyOperation& op, uint32_t multicast_mask) {
-  if (!multicast_mask) return op.targets.push_back(op.block);
+  if (multicast_mask == no_multicast) return op.targets.push_back(op.block);
+  if (!multicast_mask) fail(std::string(copy_name(op)) + ": the multicast mask is 0, it names no block", op.site);
   const auto& blocks = op.block->cluster->blocks;
   for (uint32_t rank = 0; rank < 32; ++rank) {
     if (!(multicast_mask >> rank & 1)) continue;
@@ -109,6 +109,9 @@ void choose_targets(CopyOperation& op, uint32_t multicast_mask) {
            op.site);
     if (!blocks[rank]->alive)
       fail(std::string(copy_name(op)) + ": multicast into " + block_name(*blocks[rank]) + ", which has exited",
+           op.site);
+    if (blocks[rank] != op.block && !op.block->cluster->phase)
+      fail(std::string(copy_name(op)) + ": multicast into " + block_name(*blocks[rank]) + ", which " + not_started_text,
            op.site);
     op.targets.push_back(blocks[rank]);
   }
@@ -130,7 +133,7 @@ void load(CopyOperation op, uint64_t* barrier, uint32_t multicast_mask) {
     memset(target->shared + op.offset, 0xff, op.bytes);
     memset(target->shared_async + op.offset, 0xff, op.bytes);
   }
-  enter(std::move(op));
+  issue(std::move(op));
 }
 
 void store(CopyOperation op) {
@@ -140,7 +143,7 @@ void store(CopyOperation op) {
              " is still in flight there (its mbarrier was not waited for)",
          op.site);
   op.number = self()->async.bulk_issued++;
-  enter(std::move(op));
+  issue(std::move(op));
 }
 
 // ---- what happens -------------------------------------------------------------------------------------------------
@@ -153,7 +156,7 @@ void land(CopyOperation& op) {
     if (!target->alive)
       fail_issued(std::string(copy_name(op)) + " lands in the memory of " + block_name(*target) + ", which has exited",
                   op.site, *op.block);
-    each_chunk(op, [&](uint32_t offset, uint32_t in_box, uint32_t bytes) {
+    each_piece(op, [&](uint32_t offset, uint32_t in_box, uint32_t bytes) {
       memcpy(target->shared + offset, box.data() + in_box, bytes);
       memcpy(target->shared_async + offset, box.data() + in_box, bytes);
     });
@@ -163,11 +166,34 @@ void land(CopyOperation& op) {
   }
 }
 
+// Of a box that hangs over the tensor's edge, only what lies inside has to be there.
+void check_read([[maybe_unused]] CopyOperation& op) {
+#if defined(SIMT_CHECKED)
+  const Swizzle mode = op.tensor ? op.map.swizzle : Swizzle::none;
+  const uint32_t span = 16u << int(mode);  // what a swizzle permutes; a row of the box, if there is one
+  const auto access = [&](uint32_t offset, uint32_t bytes) {
+    check::async_access(op.snapshot, op.block->shared + offset, bytes, false, op.block, op.site);
+  };
+  for (auto [low, high] : inside_tensor(op)) {
+    if (mode == Swizzle::none) {
+      access(op.offset + low, high - low);
+      continue;
+    }
+    while (low < high) {
+      const uint32_t spans = low % span ? 0 : (high - low) / span * span;
+      const uint32_t bytes = spans ? spans : std::min(high, low / 16 * 16 + 16) - low;
+      access(spans ? op.offset + low : swizzled(shared_window + op.offset + low, mode) - shared_window, bytes);
+      low += bytes;
+    }
+  }
+#endif
+}
+
 void read_shared(CopyOperation& op) {
   op.read = true;
   op.data.resize(op.bytes);
-  check::async_access(op.snapshot, op.block->shared + op.offset, op.bytes, false, op.block, op.site);
-  each_chunk(op, [&](uint32_t offset, uint32_t in_box, uint32_t bytes) {
+  check_read(op);
+  each_piece(op, [&](uint32_t offset, uint32_t in_box, uint32_t bytes) {
     memcpy(op.data.data() + in_box, op.block->shared_async + offset, bytes);
   });
 }
@@ -206,10 +232,9 @@ void tma_prefetch(const TensorMap* map, Coordinates at, Site site) {
   check_map("TMA prefetch", map, at, site);
 }
 
-void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier, uint32_t multicast_mask,
-               Site site) {
+void bulk_load(void* destination, const void* source, uint32_t bytes, uint64_t* barrier, Site site) {
   Inside inside;
-  load(bulk_operation(CopyOperation::Kind::load, source, destination, bytes, site), barrier, multicast_mask);
+  load(bulk_operation(CopyOperation::Kind::load, source, destination, bytes, site), barrier, no_multicast);
 }
 
 void bulk_store(void* destination, const void* source, uint32_t bytes, Reduction reduction, DataType type,
@@ -227,6 +252,25 @@ void bulk_commit_group(Site) {
   Inside inside;
   ThreadAsync& mine = self()->async;
   mine.bulk_groups.push_back(mine.bulk_issued);
+}
+
+// Waits for reading alone leave the groups open for a wait that never comes: the oldest become one. Of stores before
+// that, what is written later by the same lane of TMA stands for the others.
+static void forget_old_stores([[maybe_unused]] ThreadAsync& its) {
+#if defined(SIMT_CHECKED)
+  auto& done = its.stores_done;
+  const auto stands_for = [&](const StoreDone& old) {
+    if (old.read.clock || old.number >= its.bulk_groups.front()) return false;
+    return std::any_of(done.begin(), done.end(), [&](const StoreDone& store) {
+      return store.number < its.bulk_groups.front() && store.written.agent == old.written.agent &&
+             store.written.tick > old.written.tick;
+    });
+  };
+  std::vector<StoreDone> kept;
+  for (const StoreDone& store : done)
+    if (!stands_for(store)) kept.push_back(store);
+  done = std::move(kept);
+#endif
 }
 
 void bulk_wait_group(int pending, bool read_only, Site) {
@@ -262,6 +306,9 @@ void bulk_wait_group(int pending, bool read_only, Site) {
     const auto known = [end](const StoreDone& store) { return store.number < end; };
     done.erase(std::remove_if(done.begin(), done.end(), known), done.end());
     groups.erase(groups.begin(), groups.end() - pending);
+  } else if (long(groups.size()) > groups_kept) {
+    groups.erase(groups.begin(), groups.end() - groups_kept);
+    forget_old_stores(thread.async);
   }
 }
 

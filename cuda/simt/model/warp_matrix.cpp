@@ -117,6 +117,7 @@ void ldmatrix(uint32_t* registers, int matrices, bool transpose, const void* row
   check_row("ldmatrix", row, matrices, false, site);
   Rows mine{static_cast<char*>(const_cast<void*>(row)), registers, matrices, transpose, site};
   warp_collective(all_lanes, WarpOp::ldmatrix, &mine, load_rows, site);
+  check::touch_registers(*self(), registers, size_t(matrices) * 4, site);
 }
 
 void stmatrix(void* row, int matrices, bool transpose, const uint32_t* registers, Site site) {

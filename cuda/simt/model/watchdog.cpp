@@ -6,7 +6,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <mutex>
 #include <thread>
 
 #include "state.h"
@@ -22,24 +21,31 @@ struct Watched {
   std::chrono::steady_clock::time_point since;
 };
 
-std::mutex mutex;
-auto& watched = *new std::vector<Watched>;
-pid_t running_in = 0;  // a forked child has no such thread
-volatile sig_atomic_t asked = 0;
+auto& watched = *new std::vector<Watched>;  // under locks().watchdog
+pid_t running_in = 0;                       // a forked child has no such thread
+struct sigaction previous;                  // there may be several of these modules in a process, each with a handler
 
-void interrupt(int) {
+// Only leaves the fiber: run_threads finds the words.
+void interrupt(int signal, siginfo_t* info, void* context) {
   Worker* w = worker;
-  if (!asked || !w || !current || current->inside) return;
-  asked = 0;
-  abandon(*w, *self()->fiber,
-          "a thread has run for " + std::to_string(w->options.timeout_s) +
-              " s without reaching an instruction that lets others run: it spins on memory\n  by " + describe(*self()));
+  if (w && w->interrupt && current && !current->inside) {
+    w->interrupt = false;
+    Thread* thread = self();
+    w->interrupted = thread;
+    current = nullptr;
+    Fiber::switch_to(*thread->fiber, w->main);
+  }
+  if (previous.sa_flags & SA_SIGINFO) {
+    previous.sa_sigaction(signal, info, context);
+  } else if (previous.sa_handler != SIG_DFL && previous.sa_handler != SIG_IGN) {
+    previous.sa_handler(signal);
+  }
 }
 
 void look() {
   for (;;) {
     std::this_thread::sleep_for(std::chrono::milliseconds(50));
-    std::lock_guard lock(mutex);
+    std::lock_guard lock(locks().watchdog);
     const auto now = std::chrono::steady_clock::now();
     for (Watched& one : watched) {
       const uint64_t steps = __atomic_load_n(&one.worker->steps, __ATOMIC_RELAXED);
@@ -47,33 +53,42 @@ void look() {
         one.steps = steps;
         one.since = now;
       } else if (std::chrono::duration<double>(now - one.since).count() > one.worker->options.timeout_s) {
-        asked = 1;
+        one.worker->interrupt = true;
         pthread_kill(one.thread, SIGURG);
       }
     }
   }
 }
 
+void install_handler() {
+  static bool installed = false;  // a forked child inherits it
+  if (installed) return;
+  installed = true;
+  struct sigaction action = {};
+  action.sa_sigaction = interrupt;
+  action.sa_flags = SA_SIGINFO | SA_NODEFER | SA_RESTART;  // the handler may not return
+  sigaction(SIGURG, &action, &previous);
+}
+
 }  // namespace
 
-void watch(Worker& w) {
-  std::lock_guard lock(mutex);
+Watch::Watch(Worker& w) : worker(w) {
+  std::lock_guard lock(locks().watchdog);
   if (running_in != getpid()) {
     running_in = getpid();
     watched.clear();
-    struct sigaction action = {};
-    action.sa_handler = interrupt;
-    action.sa_flags = SA_NODEFER | SA_RESTART;  // the handler may not return
-    sigaction(SIGURG, &action, nullptr);
+    install_handler();
     std::thread(look).detach();
   }
+  w.interrupt = false;
   watched.push_back({&w, pthread_self(), w.steps, std::chrono::steady_clock::now()});
 }
 
-void unwatch(Worker& w) {
-  std::lock_guard lock(mutex);
+Watch::~Watch() {
+  std::lock_guard lock(locks().watchdog);
   for (size_t i = 0; i < watched.size(); ++i)
-    if (watched[i].worker == &w) watched.erase(watched.begin() + long(i));
+    if (watched[i].worker == &worker) watched.erase(watched.begin() + long(i));
+  worker.interrupt = false;
 }
 
 }  // namespace simt::model

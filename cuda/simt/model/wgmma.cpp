@@ -1,6 +1,7 @@
 // wgmma: the threads of a warpgroup only record the instruction; when all 128 have, and the time has come (async.cpp),
 // it is executed for all. Operands in shared memory are read then, from the async view; A from registers at issue.
-// Refuses warpgroups whose threads disagree, wgmma without the wgmma.fence, operands that are not there yet.
+// Refuses warpgroups whose threads disagree, a first wgmma without the wgmma.fence (the checked build: any whose registers
+// were touched since), operands that are not there yet.
 #include <algorithm>
 #include <cstring>
 #include <memory>
@@ -19,19 +20,19 @@ unsigned group_of(const Thread& thread) { return thread.linear / group_threads; 
 bool same(const Wgmma& x, const Wgmma& y) {
   return x.n == y.n && x.type == y.type && x.b == y.b && !x.a_registers == !y.a_registers &&
          (x.a_registers || x.a == y.a) && x.a_mn_major == y.a_mn_major && x.b_mn_major == y.b_mn_major &&
-         x.scale_d == y.scale_d && x.negate_a == y.negate_a && x.negate_b == y.negate_b;
+         x.scale_d == y.scale_d;
 }
 
 std::string still_loading(const char* name, const MatrixOperand& m, const CopyOperation& load) {
   return std::string("wgmma reads operand ") + name + " at " + shared_name(m.start - shared_window) + " while the " +
-         (load.tensor ? "TMA" : "bulk") + " load issued at " + at(load.site) + " into " + shared_name(load.offset) +
+         copy_name(load) + " issued at " + at(load.site) + " into " + shared_name(load.offset) +
          " is still in flight (its mbarrier was not waited for)";
 }
 
 const CopyOperation* loading(const MatrixOperand& m, const Cta& block) {
   if (!m.extent || block.gang->async.copies.empty()) return nullptr;
   if (!load_in_flight(block, m.low, m.high)) return nullptr;
-  for (const auto& [low, high] : ranges(m))
+  for (const auto& [low, high] : ranges(m, 0, m.extent))
     if (const CopyOperation* load = load_in_flight(block, low, high)) return load;
   return nullptr;
 }
@@ -49,9 +50,14 @@ void check_layout(const char* name, const MatrixOperand& m, const WgmmaOperation
 void fetch(const char* name, const MatrixOperand& m, WgmmaOperation& op, Cta& block, float* tile) {
   if (const CopyOperation* load = loading(m, block)) fail_issued(still_loading(name, m, *load), op.site, block);
   check_layout(name, m, op, block);
-#if defined(SIMT_CHECKED)
-  for (const auto& [low, high] : ranges(m))
-    check::async_access(op.snapshot, block.shared + low, high - low, false, &block, op.site);
+#if defined(SIMT_CHECKED)  // each warp multiplies its 16 rows of A by all of B, when it is ready
+  const auto read_by = [&](check::Snapshot by, int first, int rows) {
+    for (const auto& [low, high] : ranges(m, first, rows))
+      check::async_access(by, block.shared + low, high - low, false, &block, op.site);
+  };
+  if (&m == &op.b) read_by(check::of_each_warp(op.snapshot), 0, m.extent);
+  else
+    for (int warp = 0; warp < 4; ++warp) read_by(check::of_warp(op.snapshot, unsigned(warp)), 16 * warp, 16);
 #endif
   read_operand(m, block, op.operands.type, tile);
 }
@@ -65,11 +71,6 @@ void fetch_registers(const WgmmaOperation& op, float* tile) {
       tile[k * tile_pitch + row] = value(uint16_t(op.a_registers[t][i]));
       tile[(k + 1) * tile_pitch + row] = value(uint16_t(op.a_registers[t][i] >> 16));
     }
-}
-
-void negate(float* tile, int extent) {
-  for (int k = 0; k < 16; ++k)
-    for (int i = 0; i < extent; ++i) tile[k * tile_pitch + i] *= -1;
 }
 
 // d[i] of thread t is row 16 (t / 32) + (t % 32) / 4 + 8 (i / 2 % 2), column 8 (i / 4) + 2 (t % 4) + i % 2: pairs.
@@ -95,8 +96,6 @@ void compute(WgmmaOperation& op, Cta& block, Tiles& tiles) {
   else
     fetch_registers(op, tiles.a);
   fetch("B", op.b, op, block, tiles.b);
-  if (w.negate_a) negate(tiles.a, 64);
-  if (w.negate_b) negate(tiles.b, w.n);
   if (!w.scale_d)
     for (int row = 0; row < 64; ++row) memset(tiles.c + row * tile_pitch, 0, size_t(w.n) * sizeof(float));
   multiply_accumulate(tiles.c, tiles.a, tiles.b, 64, w.n);
@@ -113,7 +112,7 @@ void check_operands(const Wgmma& w, const Thread& thread, Site site) {
              " of 128 threads",
          site);
   if (!thread.async.wgmma_fenced)
-    fail("wgmma without a wgmma.fence since the accumulator registers were last touched", site);
+    fail("wgmma without a wgmma.fence before the first", site);
 }
 
 // The first thread of the warpgroup to reach an instruction decodes it for all.
@@ -168,6 +167,7 @@ void wgmma(float* d, const Wgmma& operands, Site site) {
   Inside inside;
   Thread& thread = *self();
   Cta& block = *thread.cta;
+  aligned(site);
   check_operands(operands, thread, site);
   Warpgroup& group = block.async.warpgroups[group_of(thread)];
   const uint64_t number = thread.async.wgmma_issued++;
@@ -176,6 +176,8 @@ void wgmma(float* d, const Wgmma& operands, Site site) {
   if (!same(op.operands, operands))
     fail("wgmma: the threads of the warpgroup disagree on the operands; the others are at " + at(op.site), site);
   const unsigned t = thread.linear % group_threads;
+  check::registers_fenced(thread, d, size_t(operands.n) / 2 * sizeof(float), site);
+  if (operands.a_registers) check::registers_fenced(thread, operands.a_registers, 16, site);
   op.d[t] = d;
   if (!operands.scale_d) memset(d, 0xff, size_t(operands.n) / 2 * sizeof(float));  // NaN before the wait
   if (operands.a_registers) memcpy(op.a_registers[t], operands.a_registers, sizeof op.a_registers[t]);
@@ -187,22 +189,25 @@ void wgmma(float* d, const Wgmma& operands, Site site) {
   if (happens_at_once()) wgmma_execute(block, group, number + 1);
 }
 
-void wgmma_fence(Site) {
+void wgmma_fence(Site site) {
   Inside inside;
+  aligned(site);
   self()->async.wgmma_fenced = true;
+  check::fence_registers(*self());
 }
 
-void wgmma_commit_group(Site) {
+void wgmma_commit_group(Site site) {
   Inside inside;
+  aligned(site);
   ThreadAsync& mine = self()->async;
   mine.wgmma_groups.push_back(mine.wgmma_issued);
 }
 
 void wgmma_wait_group(int pending, Site site) {
   Inside inside;
+  aligned(site);
   Thread& thread = *self();
   ThreadAsync& mine = thread.async;
-  mine.wgmma_fenced = false;
   if (int(mine.wgmma_groups.size()) <= pending) return;
   const uint64_t target = mine.wgmma_groups[mine.wgmma_groups.size() - 1 - size_t(pending)];
   mine.wgmma_groups.erase(mine.wgmma_groups.begin(), mine.wgmma_groups.end() - pending);

@@ -77,9 +77,12 @@ bool touches(const MatrixOperand& operand, uint32_t low, uint32_t high) {
   return found;
 }
 
-std::vector<std::pair<uint32_t, uint32_t>> ranges(const MatrixOperand& operand) {
+std::vector<std::pair<uint32_t, uint32_t>> ranges(const MatrixOperand& operand, int first, int rows) {
   std::vector<uint32_t> offsets;
-  each_chunk(operand, [&](uint32_t offset, uint32_t, uint32_t) { offsets.push_back(offset); });
+  each_chunk(operand, [&](uint32_t offset, uint32_t chunk, uint32_t other) {
+    const int row = int(operand.mn_major ? chunk * 8 : other);
+    if (row >= first && row < first + rows) offsets.push_back(offset);
+  });
   std::sort(offsets.begin(), offsets.end());
   std::vector<std::pair<uint32_t, uint32_t>> merged;
   for (const uint32_t offset : offsets) {

@@ -16,11 +16,11 @@ PTX_INLINE void named_barrier_arrive(int id, int threads SIMT_SITE) {
 
 // ---- cluster barrier: every thread of every block of the cluster ----
 PTX_INLINE void cluster_arrive(SIMT_SITE_ONLY) {
-  PTX(asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"), simt::model::cluster_arrive(site));
+  PTX(asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"), simt::model::cluster_arrive(true, site));
 }
 // The same where nothing written before has to be seen after it (barriers have their own fence): no trip to L2.
 PTX_INLINE void cluster_arrive_relaxed(SIMT_SITE_ONLY) {
-  PTX(asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"), simt::model::cluster_arrive(site));
+  PTX(asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"), simt::model::cluster_arrive(false, site));
 }
 PTX_INLINE void cluster_wait(SIMT_SITE_ONLY) {
   PTX(asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"), simt::model::cluster_wait(site));
@@ -41,35 +41,28 @@ PTX_INLINE void mbarrier_inval(uint64_t* barrier SIMT_SITE) {
 }
 PTX_INLINE void mbarrier_arrive(uint64_t* barrier SIMT_SITE) {
   PTX(asm volatile("mbarrier.arrive.release.cta.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory"),
-      simt::model::mbarrier_arrive(barrier, 1, 0, site));
+      simt::model::mbarrier_arrive(barrier, 0, site));
 }
 // Arrives, and announces that `bytes` will be written by TMA in this phase.
 PTX_INLINE void mbarrier_arrive_expect_tx(uint64_t* barrier, uint32_t bytes SIMT_SITE) {
   PTX(asm volatile("mbarrier.arrive.expect_tx.release.cta.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
                    "r"(bytes)
                    : "memory"),
-      simt::model::mbarrier_arrive(barrier, 1, bytes, site));
+      simt::model::mbarrier_arrive(barrier, bytes, site));
 }
 PTX_INLINE void mbarrier_expect_tx(uint64_t* barrier, uint32_t bytes SIMT_SITE) {
   PTX(asm volatile("mbarrier.expect_tx.relaxed.cta.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
                    : "memory"),
       simt::model::mbarrier_expect_transaction(barrier, bytes, site));
 }
-// Arrives on the barrier at the same offset in another block of the cluster.
+// Arrives on the barrier at the same offset in another block of the cluster. With PTX's default semantics, .release at
+// the scope of the block: what a consumer has read may be overwritten. At .cluster scope it would take a trip to L2.
 PTX_INLINE void mbarrier_arrive_remote(uint64_t* barrier, uint32_t rank SIMT_SITE) {
   PTX(asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                   "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
+                   "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
                    "r"(rank)
                    : "memory"),
-      simt::model::mbarrier_arrive_remote(barrier, rank, 1, 0, site));
-}
-// The same where nothing written before has to be seen after it, as when a consumer is done reading: no trip to L2.
-PTX_INLINE void mbarrier_arrive_remote_relaxed(uint64_t* barrier, uint32_t rank SIMT_SITE) {
-  PTX(asm volatile("{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\n"
-                   "mbarrier.arrive.relaxed.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(barrier)),
-                   "r"(rank)
-                   : "memory"),
-      simt::model::mbarrier_arrive_remote(barrier, rank, 1, 0, site));
+      simt::model::mbarrier_arrive_remote(barrier, rank, site));
 }
 // True if the phase of this parity has completed. A fresh barrier is in phase 0: parity 1 counts as completed.
 PTX_INLINE bool mbarrier_try_wait(uint64_t* barrier, uint32_t parity SIMT_SITE) {
@@ -108,5 +101,8 @@ PTX_INLINE void fence_mbarrier_init(SIMT_SITE_ONLY) {
 PTX_INLINE void fence_proxy_async(SIMT_SITE_ONLY) {
   PTX(asm volatile("fence.proxy.async.shared::cta;" ::: "memory"), simt::model::fence_proxy_async(site));
 }
+// The same between ordinary writes to global memory and TMA. The model does nothing here: whether it is needed and
+// present is not checked.
+PTX_INLINE void fence_proxy_async_global() { PTX(asm volatile("fence.proxy.async.global;" ::: "memory"), (void)0); }
 
 }  // namespace ptx

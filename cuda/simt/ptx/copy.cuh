@@ -63,7 +63,7 @@ PTX_INLINE void prefetch_tensor_map(const CUtensorMap* map) {
                      "], [%2];" ::"r"(shared_address(destination)),                                                   \
                      "l"(map), "r"(shared_address(barrier)), PTX_OPERANDS_##RANK                                      \
                      : "memory"),                                                                                     \
-        simt::model::tma_load(destination, map, barrier, {RANK, {PTX_LIST_##RANK}}, 0, site));                        \
+        simt::model::tma_load(destination, map, barrier, {RANK, {PTX_LIST_##RANK}}, simt::model::no_multicast, site));      \
   }                                                                                                                   \
   PTX_INLINE void tma_load_hint(void* destination, const CUtensorMap* map, uint64_t* barrier, CacheHint hint,         \
                                 PTX_PARAMETERS_##RANK SIMT_SITE) {                                                    \
@@ -73,7 +73,7 @@ PTX_INLINE void prefetch_tensor_map(const CUtensorMap* map) {
                      "l"(map), "l"(uint64_t(hint)), PTX_OPERANDS_##RANK, "r"(shared_address(barrier))                 \
                      : "memory"),                                                                                     \
         (void)hint;                                                                                                   \
-        simt::model::tma_load(destination, map, barrier, {RANK, {PTX_LIST_##RANK}}, 0, site));                        \
+        simt::model::tma_load(destination, map, barrier, {RANK, {PTX_LIST_##RANK}}, simt::model::no_multicast, site));      \
   }                                                                                                                   \
   PTX_INLINE void tma_load_multicast(void* destination, const CUtensorMap* map, uint64_t* barrier, uint16_t blocks,   \
                                      PTX_PARAMETERS_##RANK SIMT_SITE) {                                               \
@@ -139,7 +139,7 @@ PTX_INLINE void bulk_load(void* destination, const void* source, uint32_t bytes,
                        shared_address(destination)),
                    "l"(source), "r"(bytes), "r"(shared_address(barrier))
                    : "memory"),
-      simt::model::bulk_load(destination, source, bytes, barrier, 0, site));
+      simt::model::bulk_load(destination, source, bytes, barrier, site));
 }
 PTX_INLINE void bulk_store(void* destination, const void* source, uint32_t bytes SIMT_SITE) {
   PTX(asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination),
@@ -198,7 +198,7 @@ PTX_INLINE void cp_async_wait_group(SIMT_SITE_ONLY) {
 // The barrier gets this thread's arrival once its cp.async so far have landed; `count` at init must include it.
 PTX_INLINE void cp_async_mbarrier_arrive_noinc(uint64_t* barrier SIMT_SITE) {
   PTX(asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory"),
-      simt::model::cp_async_mbarrier_arrive(barrier, true, site));
+      simt::model::cp_async_mbarrier_arrive(barrier, site));
 }
 
 }  // namespace ptx

@@ -45,7 +45,7 @@ PTX_INLINE bool elect_sync(SIMT_SITE_ONLY) {
       elected = simt::model::elect(~0u, site));
   return elected;
 }
-// The warp's index, in a register the compiler knows to be the same in all lanes.
+// A value that all lanes have, in a register the compiler knows to be the same in all of them.
 PTX_INLINE uint32_t uniform(uint32_t value SIMT_SITE) {
   PTX(return __shfl_sync(0xffffffff, value, 0), return __shfl_sync(0xffffffff, value, 0, 32, site));
 }
@@ -73,12 +73,12 @@ PTX_INLINE void griddepcontrol_launch_dependents() {
 PTX_INLINE uint32_t load_acquire(const uint32_t* pointer SIMT_SITE) {
   uint32_t value;
   PTX(asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(pointer) : "memory"),
-      value = atomicAdd(const_cast<uint32_t*>(pointer), 0u, site));
+      value = simt::model::load_acquire(pointer, site));
   return value;
 }
 PTX_INLINE void store_release(uint32_t* pointer, uint32_t value SIMT_SITE) {
   PTX(asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory"),
-      atomicExch(pointer, value, site));
+      simt::model::store_release(pointer, value, site));
 }
 
 // ---- 16-byte global accesses with a cache policy ----

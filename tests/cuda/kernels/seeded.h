@@ -18,6 +18,7 @@ struct Kernel {
 
 const Kernel& tiled();
 const Kernel& reduce();
+const Kernel& handoff();
 const Kernel& ampere();
 const Kernel& scale();
 const Kernel& hopper();

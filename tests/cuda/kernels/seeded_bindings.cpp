@@ -13,8 +13,9 @@ namespace {
 const std::map<std::string, const seeded::Kernel*>& kernels() {
   static const std::map<std::string, const seeded::Kernel*> all = [] {
     std::map<std::string, const seeded::Kernel*> found;
-    for (const seeded::Kernel* kernel : {&seeded::tiled(), &seeded::reduce(), &seeded::ampere(), &seeded::scale(),
-                                         &seeded::staging(), &seeded::hopper(), &seeded::cluster(), &seeded::misuse()})
+    for (const seeded::Kernel* kernel : {&seeded::tiled(), &seeded::reduce(), &seeded::handoff(), &seeded::ampere(),
+                                         &seeded::scale(), &seeded::staging(), &seeded::hopper(), &seeded::cluster(),
+                                         &seeded::misuse()})
       found[kernel->name] = kernel;
     return found;
   }();

@@ -8,7 +8,8 @@ namespace {
 enum HopperBug {
   hopper_none, no_full_wait, full_parity, no_empty_arrive, empty_parity, no_empty_wait, swizzle, tx_short, tx_long,
   early_release, no_wgmma_wait, no_init_barrier, no_wgmma_fence, store_out_of_bounds, descriptor_stride, double_release,
-  divergent_operands, touch_accumulator, no_register_release, operand_past_the_end, a_registers_changed
+  divergent_operands, touch_accumulator, no_register_release, operand_past_the_end, a_registers_changed,
+  accumulator_touched_after_fence, wgmma_chain
 };
 
 constexpr int tile = 128, depth = 64, stages = 3, consumers = 2;
@@ -58,7 +59,8 @@ __global__ void __launch_bounds__(384)
     const int stage = i % stages;
     const uint32_t round = i / stages & 1;
     if (bug != no_full_wait) ptx::mbarrier_wait(&s.full[stage], bug == full_parity ? round ^ 1 : round);
-    if (bug != no_wgmma_fence) ptx::wgmma_fence();
+    if (bug != no_wgmma_fence && !(bug == wgmma_chain && i)) ptx::wgmma_fence();
+    if (bug == accumulator_touched_after_fence) sum[thread % 8] += 0.f;
     for (int inner = 0; inner < depth; inner += 16) {
       auto descriptor = [&](const bf16* at, int stride = 1024) {
         return ptx::matrix_descriptor(at, simt::Swizzle::b128, 16, stride);
@@ -69,6 +71,7 @@ __global__ void __launch_bounds__(384)
       if (bug == operand_past_the_end) b = descriptor(&s.b[stage][inner], 16384);
       if (bug == a_registers_changed) {
         uint32_t registers[4] = {};
+        ptx::wgmma_fence();
         ptx::wgmma<tile, bf16>(sum, registers, b, true);
         registers[0] = 1;
         asm volatile("" ::"r"(registers[0]), "m"(registers));  // or the compiler would drop the write
@@ -78,10 +81,16 @@ __global__ void __launch_bounds__(384)
     ptx::wgmma_commit_group();
     if (bug == touch_accumulator) sum[thread % 8] += 1.f;
     if (bug == early_release && thread == 0) ptx::mbarrier_arrive(&s.empty[stage]);
+    if (bug == wgmma_chain) {  // legal: accumulators that only wgmma touches need no further fence
+      ptx::wgmma_wait_group<1>();
+      if (i && thread == 0) ptx::mbarrier_arrive(&s.empty[(i - 1) % stages]);
+      continue;
+    }
     if (bug != no_wgmma_wait) ptx::wgmma_wait_group<0>();
     if (bug != early_release && bug != no_empty_arrive && thread == 0) ptx::mbarrier_arrive(&s.empty[stage]);
     if (bug == double_release && thread == 0) ptx::mbarrier_arrive(&s.empty[stage]);
   }
+  if (bug == wgmma_chain) ptx::wgmma_wait_group<0>();
   const int row0 = m0 + consumer * 64 + thread / 32 * 16 + thread % 32 / 4 + (bug == store_out_of_bounds ? 16 : 0);
   for (int i = 0; i < tile / 2; ++i)
     c[(row0 + 8 * (i / 2 % 2)) * n + n0 + 8 * (i / 4) + 2 * (thread % 4) + i % 2] = sum[i];
@@ -109,7 +118,7 @@ const Kernel& hopper() {
                               "swizzle", "tx_short", "tx_long", "early_release", "no_wgmma_wait", "no_init_barrier",
                               "no_wgmma_fence", "store_out_of_bounds", "descriptor_stride", "double_release",
                               "divergent_operands", "touch_accumulator", "no_register_release", "operand_past_the_end",
-                              "a_registers_changed"},
+                              "a_registers_changed", "accumulator_touched_after_fence", "wgmma_chain"},
                              run_hopper};
   return kernel;
 }
@@ -118,7 +127,8 @@ const Kernel& hopper() {
 namespace {
 enum ClusterBug {
   cluster_none, no_cluster_sync_after_init, exit_early, wrong_empty_count, peer_not_waited_for, own_release_only,
-  remote_read_race, half_of_the_bytes
+  remote_read_race, half_of_the_bytes, relaxed_cluster_arrive, relaxed_init, relaxed_without_fence, remote_before_start,
+  empty_multicast, arrive_and_exit
 };
 
 struct Shared {
@@ -139,12 +149,17 @@ __global__ void __launch_bounds__(256)
       ptx::mbarrier_init(&s.full[i], 1);
       ptx::mbarrier_init(&s.empty[i], bug == wrong_empty_count ? 1 : 2);  // one consumer in each of the two blocks
     }
-    ptx::fence_mbarrier_init();
+    if (bug != relaxed_without_fence) ptx::fence_mbarrier_init();
   }
-  if (bug == no_cluster_sync_after_init)
+  if (bug == remote_before_start && threadIdx.x < 4) *ptx::map_shared_rank(&s.first[threadIdx.x], rank ^ 1) = 0;
+  if (bug == no_cluster_sync_after_init) {
     __syncthreads();
-  else
+  } else if (bug == relaxed_init || bug == relaxed_without_fence) {  // legal where the mbarriers have their fence
+    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();
+  } else {
     ptx::cluster_sync();
+  }
 
   if (threadIdx.x == 128) {  // producer
     for (int i = 0; i < steps; ++i) {
@@ -152,7 +167,8 @@ __global__ void __launch_bounds__(256)
       if (bug != peer_not_waited_for) ptx::mbarrier_wait_cluster(&s.empty[stage], (i / 2 & 1) ^ 1);
       ptx::mbarrier_arrive_expect_tx(&s.full[stage], (bug == half_of_the_bytes ? 1 : 2) * 64 * 64 * sizeof(bf16));
       ptx::tma_load(s.a[stage], &a_map, &s.full[stage], i * 64, blockIdx.x * 64);
-      ptx::tma_load_multicast(s.b[stage] + rank * 32 * 64, &b_map, &s.full[stage], 3, i * 64, int(rank) * 32);
+      ptx::tma_load_multicast(s.b[stage] + rank * 32 * 64, &b_map, &s.full[stage], bug == empty_multicast ? 0 : 3, i * 64,
+                              int(rank) * 32);
     }
   }
   if (threadIdx.x < 128) {  // consumer
@@ -174,8 +190,14 @@ __global__ void __launch_bounds__(256)
     if (thread < 4) s.first[thread] = float(rank * 4 + uint32_t(thread));
   }
   if (bug == exit_early) return;
-  if (bug != remote_read_race) ptx::cluster_sync();
+  if (bug == relaxed_cluster_arrive) {
+    ptx::cluster_arrive_relaxed();
+    ptx::cluster_wait();
+  } else if (bug != remote_read_race) {
+    ptx::cluster_sync();
+  }
   if (threadIdx.x < 4) exchanged[blockIdx.x * 4 + threadIdx.x] = *ptx::map_shared_rank(&s.first[threadIdx.x], rank ^ 1);
+  if (bug == arrive_and_exit && threadIdx.x >= 32) return ptx::cluster_arrive();  // legal: the first warp waits for all
   ptx::cluster_sync();  // a block's shared memory must live as long as its peer reads it
 }
 
@@ -201,7 +223,9 @@ double run_cluster(int bug) {
 const Kernel& cluster() {
   static const Kernel kernel{"cluster",
                              {"none", "no_cluster_sync_after_init", "exit_early", "wrong_empty_count", "peer_not_waited_for",
-                              "own_release_only", "remote_read_race", "half_of_the_bytes"},
+                              "own_release_only", "remote_read_race", "half_of_the_bytes", "relaxed_cluster_arrive",
+                              "relaxed_init", "relaxed_without_fence", "remote_before_start", "empty_multicast",
+                              "arrive_and_exit"},
                              run_cluster};
   return kernel;
 }

@@ -42,7 +42,9 @@ const Kernel& tiled() {
 
 // ---- a sum over all blocks -------------------------------------------------------------------------------------------
 namespace {
-enum ReduceBug { reduce_none, no_barrier, half_a_warp, unwritten_partials, no_atomic, no_fence_of_last_block };
+enum ReduceBug {
+  reduce_none, no_barrier, half_a_warp, unwritten_partials, no_atomic, no_fence_of_last_block, no_threadfence, fence_before_barrier
+};
 
 __device__ float warp_sum(float value) {
   for (int distance = 16; distance > 0; distance /= 2) value += __shfl_down_sync(~0u, value, distance);
@@ -70,11 +72,16 @@ __global__ void reduce_kernel(const float* x, float* sums, unsigned* finished, f
     if (lane == 0) {
       if (bug == no_atomic) plain[0] += value;
       sums[blockIdx.x] = value;
-      __threadfence();
-      s.last = bug == no_fence_of_last_block ? blockIdx.x == gridDim.x - 1 : atomicAdd(finished, 1u) == gridDim.x - 1;
+      if (bug != no_threadfence) __threadfence();
+      if (bug != fence_before_barrier)
+        s.last = bug == no_fence_of_last_block ? blockIdx.x == gridDim.x - 1 : atomicAdd(finished, 1u) == gridDim.x - 1;
     }
   }
   __syncthreads();
+  if (bug == fence_before_barrier) {  // legal: another thread counts, after the barrier
+    if (threadIdx.x == 64) s.last = atomicAdd(finished, 1u) == gridDim.x - 1;
+    __syncthreads();
+  }
   if (!s.last) return;
   float sum = 0;
   for (int i = threadIdx.x; i < int(gridDim.x); i += blockDim.x) sum += sums[i];
@@ -98,7 +105,52 @@ double run_reduce(int bug) {
 
 const Kernel& reduce() {
   static const Kernel kernel{
-      "reduce", {"none", "no_barrier", "half_a_warp", "unwritten_partials", "no_atomic", "no_fence_of_last_block"}, run_reduce};
+      "reduce",
+      {"none", "no_barrier", "half_a_warp", "unwritten_partials", "no_atomic", "no_fence_of_last_block", "no_threadfence",
+       "fence_before_barrier"},
+      run_reduce};
+  return kernel;
+}
+
+// ---- one block hands numbers to another through a flag ---------------------------------------------------------------
+namespace {
+enum HandoffBug { handoff_none, no_release, no_acquire, volatile_flag };
+
+__global__ void handoff_kernel(float* data, uint32_t* flag, float* out, int bug) {
+  volatile uint32_t* const plain = flag;
+  if (blockIdx.x == 0) {
+    data[threadIdx.x] = float(threadIdx.x);
+    if (bug == volatile_flag) __threadfence();  // legal: with a fence, a volatile flag will do
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      if (bug == no_release || bug == volatile_flag) *plain = 1;
+      else ptx::store_release(flag, 1);
+    }
+  } else {
+    if (threadIdx.x == 0) {
+      if (bug == volatile_flag) while (*plain == 0) __nanosleep(20);
+      else if (bug == no_acquire) ptx::store_release(flag + 1, 1);
+      else while (ptx::load_acquire(flag) == 0) {}
+    }
+    __syncthreads();
+    out[threadIdx.x] = data[threadIdx.x];
+  }
+}
+
+double run_handoff(int bug) {
+  auto data = unwritten<float>(64), out = unwritten<float>(64);
+  std::vector<uint32_t> flag(2, 0u);
+  Buffers buffers;
+  simt::launch(handoff_kernel, {dim3(2), dim3(64), 0, 1, true}, buffers.add(data, "data"), buffers.add(flag, "flag"),
+               buffers.add(out, "out"), bug);
+  double worst = 0;
+  for (int i = 0; i < 64; ++i) worst = larger(worst, std::fabs(out[i] - float(i)));
+  return worst;
+}
+}  // namespace
+
+const Kernel& handoff() {
+  static const Kernel kernel{"handoff", {"none", "no_release", "no_acquire", "volatile_flag"}, run_handoff};
   return kernel;
 }
 

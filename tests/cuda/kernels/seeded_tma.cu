@@ -8,7 +8,7 @@ namespace {
 enum ScaleBug {
   scale_none, no_fence, no_barrier_before_store, no_store_wait, no_load_wait, tx_too_small, tx_too_large, no_init,
   wrong_parity, misaligned_tile, over_its_barrier, load_while_storing, barrier_overwritten, wait_in_another_thread,
-  map_not_aligned
+  map_not_aligned, no_init_fence
 };
 
 struct Scale {
@@ -21,7 +21,7 @@ __global__ void scale_kernel(const __grid_constant__ CUtensorMap in, const __gri
   const int x = blockIdx.x * 64, y = blockIdx.y * 64;
   if (threadIdx.x == 0 && bug != no_init) {
     ptx::mbarrier_init(&s.full, 1);
-    ptx::fence_mbarrier_init();
+    if (bug != no_init_fence) ptx::fence_mbarrier_init();
   }
   __syncthreads();
   if (threadIdx.x == 0) {
@@ -65,14 +65,17 @@ const Kernel& scale() {
   static const Kernel kernel{"scale",
                              {"none", "no_fence", "no_barrier_before_store", "no_store_wait", "no_load_wait", "tx_too_small",
                               "tx_too_large", "no_init", "wrong_parity", "misaligned_tile", "over_its_barrier",
-                              "load_while_storing", "barrier_overwritten", "wait_in_another_thread", "map_not_aligned"},
+                              "load_while_storing", "barrier_overwritten", "wait_in_another_thread", "map_not_aligned",
+                              "no_init_fence"},
                              run_scale};
   return kernel;
 }
 
 // ---- an epilogue that stages tiles through one buffer: stmatrix, TMA store, and again ------------------------------------
 namespace {
-enum StagingBug { staging_none, no_read_wait, no_barrier_after_wait, no_fence_after_stmatrix, no_wait_at_exit, fence_by_issuer };
+enum StagingBug {
+  staging_none, no_read_wait, no_barrier_after_wait, no_fence_after_stmatrix, no_wait_at_exit, fence_by_issuer, over_the_edge
+};
 
 struct Staging {
   alignas(1024) bf16 tile[64 * 64];
@@ -84,7 +87,8 @@ __global__ void staging_kernel(const __grid_constant__ CUtensorMap out, int tile
   for (int tile = 0; tile < tiles; ++tile) {
     if (threadIdx.x == 0 && tile && bug != no_read_wait) ptx::bulk_wait_group_read<0>();
     if (bug != no_barrier_after_wait) __syncthreads();
-    for (int j = 0; j < 8; ++j) {  // this warp's 16 rows, eight columns at a time
+    const bool outside = bug == over_the_edge && tile == 0 && warp < 2;  // legal: nobody reads what is not stored
+    for (int j = 0; j < 8 && !outside; ++j) {  // this warp's 16 rows, eight columns at a time
       const float value = float(tile * 8 + j);
       const uint32_t pair[2] = {ptx::pack_bf16(value, value), ptx::pack_bf16(value, value)};
       const int row = warp * 16 + lane % 16;
@@ -94,7 +98,7 @@ __global__ void staging_kernel(const __grid_constant__ CUtensorMap out, int tile
     __syncthreads();
     if (threadIdx.x == 0) {
       if (bug == fence_by_issuer) ptx::fence_proxy_async();  // legal: a fence anywhere between the write and the store
-      ptx::tma_store(&out, s.tile, 0, tile * 64);
+      ptx::tma_store(&out, s.tile, 0, tile * 64 - (bug == over_the_edge ? 32 : 0));
       ptx::bulk_commit_group();
     }
   }
@@ -102,22 +106,23 @@ __global__ void staging_kernel(const __grid_constant__ CUtensorMap out, int tile
 }
 
 double run_staging(int bug) {
-  const int tiles = 4;
-  auto out = unwritten<bf16>(tiles * 64 * 64);
+  const int tiles = 4, above = bug == over_the_edge ? 32 : 0, rows = tiles * 64 - above;  // the box starts above row 0
+  auto out = unwritten<bf16>(rows * 64);
   Buffers buffers;
-  const simt::TensorShape shape{2, {64, tiles * 64}, {128}, {64, 64}};
+  const simt::TensorShape shape{2, {64, uint64_t(rows)}, {128}, {64, 64}};
   const CUtensorMap map = simt::tensor_map(buffers.add(out, "out"), simt::DataType::bf16, shape, simt::Swizzle::b128);
   simt::launch(staging_kernel, {dim3(1), dim3(128), sizeof(Staging)}, map, tiles, bug);
   double worst = 0;
-  for (int i = 0; i < tiles * 64 * 64; ++i)
-    worst = larger(worst, std::fabs(float(out[i]) - float(i / 4096 * 8 + i % 64 / 8)));
+  for (int i = 0; i < rows * 64; ++i)
+    worst = larger(worst, std::fabs(float(out[i]) - float((i + above * 64) / 4096 * 8 + i % 64 / 8)));
   return worst;
 }
 }  // namespace
 
 const Kernel& staging() {
   static const Kernel kernel{
-      "staging", {"none", "no_read_wait", "no_barrier_after_wait", "no_fence_after_stmatrix", "no_wait_at_exit", "fence_by_issuer"},
+      "staging", {"none", "no_read_wait", "no_barrier_after_wait", "no_fence_after_stmatrix", "no_wait_at_exit", "fence_by_issuer",
+                  "over_the_edge"},
       run_staging};
   return kernel;
 }
