@@ -7,6 +7,7 @@ the config's `__post_init__`; a ValueError raised there ends as one line on stde
 
 import argparse
 import dataclasses
+import os
 import sys
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -81,11 +82,16 @@ def parse_explicit(
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls `main` and exits with its code (None is 0).
 
-    UserError, ValueError and FileNotFoundError are the user's: one line on stderr, exit code 2. Ctrl-C is 130. Anything
-    else keeps its traceback, because a bug must look like one.
+    UserError, ValueError and FileNotFoundError are the user's: one line on stderr, exit code 2. Ctrl-C is 130, and 141,
+    without a word, is an output whose reader has enough (`| head`). Anything else keeps its traceback, because a bug
+    must look like one.
     """
     try:
         code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python says at its end what it cannot flush
+        sys.exit(141)
     except KeyboardInterrupt:
         print(f"\n{program()}: interrupted", file=sys.stderr)
         sys.exit(130)

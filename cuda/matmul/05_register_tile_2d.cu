@@ -48,11 +48,11 @@ __global__ void __launch_bounds__(threads)
     __syncthreads();
   }
 
-#pragma unroll
-  for (int i = 0; i < thread_tile; ++i)
+  for_rows(sum, [&](int i, const float (&of_row)[thread_tile]) {
 #pragma unroll
     for (int j = 0; j < thread_tile; j += 2)
-      epilogue.store_pair(blockIdx.z, corner.row + row + i, corner.column + column + j, sum[i][j], sum[i][j + 1]);
+      epilogue.store_pair(blockIdx.z, corner.row + row + i, corner.column + column + j, of_row[j], of_row[j + 1]);
+  });
 }
 
 }  // namespace

@@ -39,13 +39,46 @@ __device__ __forceinline__ int place(int line, int k) {
 template <int tile, class T, bool along_k>
 using Copy = SliceCopy<tile, tile_k, threads, chunk, T, along_k>;
 
-// The same for operands that cp.async cannot copy by 16 bytes: this one waits for what it loads.
-template <int tile, class T, bool along_k>
-__device__ __forceinline__ void copy_elements(T* to, const Operand<T, along_k>& operand, int first_line, int first_k) {
-  load_slice<tile, tile_k, threads>(operand, first_line, first_k, [&](int line, int k, T x) {
-    to[place<tile, along_k>(line, k) + (along_k ? k : line) % chunk] = x;
-  });
-}
+// An operand that cp.async cannot copy by 16 bytes is copied by elements. Its tiles may then lie along k in shared
+// memory whatever the matrix does: one kernel serves all layouts.
+template <class T>
+struct Elements {
+  const T* data;
+  int64_t line_step, k_step, batch_stride;
+  int lines, depth;
+
+  template <bool along_k>
+  static Elements of(const Operand<T, along_k>& operand) {
+    return {operand.data, along_k ? operand.leading : 1, along_k ? 1 : operand.leading, operand.batch_stride,
+            operand.lines, operand.depth};
+  }
+};
+
+// As SliceCopy, but the thread waits for what it loads. Neighbouring threads read neighbouring addresses.
+template <int tile, class T>
+struct ElementCopy {
+  const Elements<T>& operand;
+  int first_line, first_k;
+
+  __device__ __forceinline__ ElementCopy(const Elements<T>& operand, int first_line)
+      : operand(operand), first_line(first_line), first_k(0) {}
+
+  template <class To>
+  __device__ __forceinline__ void start(To to) {
+    const T* const corner = operand.data + blockIdx.z * operand.batch_stride + first_line * operand.line_step +
+                            first_k * operand.k_step;
+    const int lines = operand.lines - first_line, depth = operand.depth - first_k;
+    const bool as_stored = operand.k_step == 1;
+#pragma unroll 8
+    for (int done = 0; done < tile * tile_k; done += threads) {
+      const int i = done + threadIdx.x;
+      const int line = as_stored ? i / tile_k : i % tile, k = as_stored ? i % tile_k : i / tile;
+      const bool inside = line < lines && k < depth;
+      to(line, k)[k % chunk] = inside ? corner[line * operand.line_step + k * operand.k_step] : T(0.f);
+    }
+    first_k += tile_k;
+  }
+};
 
 // 16 lines x 16 k of an operand, as mma.sync wants them. Of the four 8 x 8 matrices, A counts along lines first and B
 // along k first: registers 0-3 are A's fragment, or 0-1 and 2-3 the fragments of B for 8 columns each.
@@ -58,26 +91,27 @@ __device__ __forceinline__ void load_fragment(uint32_t (&fragment)[4], const T* 
   ptx::ldmatrix_x4<!along_k>(fragment, from + place<tile, along_k>(line, k));
 }
 
+template <bool whole_chunks, class T, bool along_k>
+using Source = std::conditional_t<whole_chunks, Operand<T, along_k>, Elements<T>>;
+template <bool whole_chunks, int tile, class T, bool along_k>
+using CopyOf = std::conditional_t<whole_chunks, Copy<tile, T, along_k>, ElementCopy<tile, T>>;
+
+// along_k here: how the tiles lie in shared memory.
 template <int tile, bool whole_chunks, class In, bool a_along_k, bool b_along_k>
 __global__ void __launch_bounds__(threads, 2)
-    mma_sync(Operand<In, a_along_k> a, Operand<In, b_along_k> b, EitherEpilogue<In> epilogue) {
+    mma_sync(Source<whole_chunks, In, a_along_k> a, Source<whole_chunks, In, b_along_k> b, EitherEpilogue<In> epilogue) {
   constexpr int warp_side = tile / warps_across, down = warp_side / 16, across = warp_side / 16;
   auto& shared = simt::dynamic_shared<Ring<In, tile>>();
   const Tile corner = tile_of_block<tile, tile, 8>(epilogue.same.m, epilogue.same.n);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int row = warp / warps_across * warp_side, column = warp % warps_across * warp_side;
 
-  Copy<tile, In, a_along_k> a_copy(a, corner.row);
-  Copy<tile, In, b_along_k> b_copy(b, corner.column);
-  const auto copy = [&](int stage, int slice) {
+  CopyOf<whole_chunks, tile, In, a_along_k> a_copy(a, corner.row);
+  CopyOf<whole_chunks, tile, In, b_along_k> b_copy(b, corner.column);
+  const auto copy = [&](int stage) {
     In *const a_to = shared.a[stage], *const b_to = shared.b[stage];
-    if constexpr (whole_chunks) {
-      a_copy.start([&](int line, int k) { return a_to + place<tile, a_along_k>(line, k); });
-      b_copy.start([&](int line, int k) { return b_to + place<tile, b_along_k>(line, k); });
-    } else {
-      copy_elements<tile>(a_to, a, corner.row, slice * tile_k);
-      copy_elements<tile>(b_to, b, corner.column, slice * tile_k);
-    }
+    a_copy.start([&](int line, int k) { return a_to + place<tile, a_along_k>(line, k); });
+    b_copy.start([&](int line, int k) { return b_to + place<tile, b_along_k>(line, k); });
     ptx::cp_async_commit_group();
   };
   uint32_t a_part[2][down][4], b_part[2][across][4];
@@ -90,7 +124,7 @@ __global__ void __launch_bounds__(threads, 2)
       load_fragment<tile, false, In, b_along_k>(b_part[buffer][j], shared.b[stage], column + 16 * j, k);
   };
 
-  for (int stage = 0; stage < stages - 1; ++stage) copy(stage, stage);
+  for (int stage = 0; stage < stages - 1; ++stage) copy(stage);
   ptx::cp_async_wait_group<stages - 2>();
   __syncthreads();
   load(0, 0, 0);
@@ -109,7 +143,7 @@ __global__ void __launch_bounds__(threads, 2)
         stage = stage + 1 < stages ? stage + 1 : 0;
       }
       load(1 - buffer, stage, (k + 16) % tile_k);
-      if (k == 0) copy(free_stage, slice + stages - 1);  // past the barrier: nobody reads the slice before this one
+      if (k == 0) copy(free_stage);  // past the barrier: nobody reads the slice before this one
 #pragma unroll
       for (int i = 0; i < down; ++i)
 #pragma unroll
@@ -143,9 +177,9 @@ __global__ void __launch_bounds__(threads, 2)
   }
 }
 
-template <int tile, bool whole_chunks, class In, bool a_along_k, bool b_along_k>
-void start(const Operand<In, a_along_k>& a, const Operand<In, b_along_k>& b, const EitherEpilogue<In>& epilogue,
-           const Problem& part) {
+template <int tile, bool whole_chunks, bool a_along_k, bool b_along_k, class In>
+void start(const Source<whole_chunks, In, a_along_k>& a, const Source<whole_chunks, In, b_along_k>& b,
+           const EitherEpilogue<In>& epilogue, const Problem& part) {
   constexpr size_t shared_bytes = std::max(sizeof(Ring<In, tile>), sizeof(Patches<tile>));
   simt::launch(mma_sync<tile, whole_chunks, In, a_along_k, b_along_k>,
                grid_of_tiles(part, tile, tile, threads, shared_bytes), a, b, epilogue);
@@ -156,9 +190,9 @@ void choose(const Problem& problem) {
   for_layout<In, EitherEpilogue<In>>(problem, [](auto a, auto b, auto epilogue, const Problem& part) {
     const bool whole_chunks = a.aligned && b.aligned && Copy<128, In, a.along_k>::reaches(a) &&
                               Copy<128, In, b.along_k>::reaches(b);
-    if (!whole_chunks) start<64, false>(a, b, epilogue, part);
-    else if (enough_tiles(part, 128)) start<128, true>(a, b, epilogue, part);
-    else start<64, true>(a, b, epilogue, part);
+    if (!whole_chunks) start<64, false, true, true>(Elements<In>::of(a), Elements<In>::of(b), epilogue, part);
+    else if (enough_tiles(part, 128)) start<128, true, a.along_k, b.along_k>(a, b, epilogue, part);
+    else start<64, true, a.along_k, b.along_k>(a, b, epilogue, part);
   });
 }
 

@@ -118,6 +118,20 @@ struct SliceCopy {
   }
 };
 
+// Calls store(i, sum[i]) for each row of a thread's sums. Registers have no index, so an unrolled loop would hold the
+// code of the epilogue once a row, and compile as long; here each row passes through the registers of the first.
+template <int rows, int columns, class Store>
+__device__ __forceinline__ void for_rows(float (&sum)[rows][columns], Store store) {
+#pragma unroll 1
+  for (int i = 0; i < rows; ++i) {
+    store(i, sum[0]);
+#pragma unroll
+    for (int row = 1; row < rows; ++row)
+#pragma unroll
+      for (int j = 0; j < columns; ++j) sum[row - 1][j] = sum[row][j];
+  }
+}
+
 // A warp stores `rows` x `columns` sums that lie in shared memory, `pitch` apart: 16 bytes of d a lane, neighbours
 // beside each other, where the registers of steps 07 and 08 would give short pieces of many rows. And the code of the
 // epilogue exists once in the kernel, not once for every register.

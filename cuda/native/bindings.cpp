@@ -243,9 +243,7 @@ py::list steps() {
   return all;
 }
 
-}  // namespace
-
-PYBIND11_MODULE(MODULE_NAME, module) {
+void bind(py::module_& module) {
   module.doc() = "Handwritten CUDA kernels; cuda.ops is the way to them.";
   module.attr("device") = native::device_name;
   native::bind_device(module);
@@ -257,3 +255,10 @@ PYBIND11_MODULE(MODULE_NAME, module) {
              "with a batch before; a and b are row-major or transposed views. tiling: tile_m, tile_n, cluster, split_k, "
              "raster, stagger, cache_a, cache_b, cache_d, or the first of these. stream: a cudaStream_t as a number. Raises ValueError for what cannot be, before anything runs.");
 }
+
+}  // namespace
+
+PYBIND11_MODULE(MODULE_NAME, module) { bind(module); }
+#if defined(OTHER_MODULE_NAME)  // one object file for two modules, which differ in the steps that they are linked with
+PYBIND11_MODULE(OTHER_MODULE_NAME, module) { bind(module); }
+#endif

@@ -200,6 +200,17 @@ def test_run_ctrl_c_is_130(capsys):
     assert "interrupted" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])  # one is still in the buffer when the program ends
+def test_run_stays_silent_when_its_reader_has_enough(lines):
+    code = f"from common.cli import run\nrun(lambda: print('line\\n' * {lines}))"
+    done = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=Path(__file__).parents[2], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    done.stdout.close()
+    assert done.stderr.read() == b""
+    assert done.wait(30) == 141
+
+
 @pytest.mark.parametrize("error", [TypeError("bug"), RuntimeError("bug"), KeyError("bug"), AssertionError("bug")])
 def test_run_lets_a_bug_look_like_one(error):
     with pytest.raises(type(error), match="bug"):

@@ -57,7 +57,7 @@ def missing(*names: str) -> str:
 
 
 def kernels(path: Path) -> list[Kernel]:
-    """The kernels of an object file or a module, without their instructions."""
+    """The Hopper kernels of an object file or a module, without their instructions."""
     found = USAGE.findall(_cuobjdump("--dump-resource-usage", str(path)))
     return [Kernel(name, *(int(numbers[i]) for i in (0, 1, 3)), _step(name)) for name, *numbers in found]
 
@@ -120,6 +120,12 @@ def _step(name: str) -> str:
 def _cuobjdump(*arguments: str) -> str:
     program, folder = tool("cuobjdump"), os.path.dirname(tool("nvdisasm") or "")
     environment = {**os.environ, "PATH": f"{os.environ.get('PATH', '')}{os.pathsep}{folder}"}  # it starts nvdisasm
-    done = subprocess.run([program, *arguments], capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(
+        [program, "--gpu-architecture", "sm_90a", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
