@@ -10,7 +10,7 @@ V vocabulary.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
 import torch
@@ -113,9 +113,9 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, sight: "Sight") -> Tensor:
         B, T, _ = x_BTC.shape
         K = self.config.key_width
-        q_BHTK = self.query(x_BTC).reshape(B, T, self.config.heads, K).transpose(1, 2)
-        k_BGTK = self.key(x_BTC).reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
-        v_BGTK = self.value(x_BTC)
+        q_BHTK, k_BGTK, v_BGTK = self.project(x_BTC)
+        q_BHTK = q_BHTK.reshape(B, T, self.config.heads, K).transpose(1, 2)
+        k_BGTK = k_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
         if self.config.has_value_embedding(self.layer):
             v_BGTK = v_BGTK + self.value_embedding(sight.tokens_BT).to(v_BGTK.dtype)
         v_BGTK = v_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
@@ -128,6 +128,10 @@ class Attention(nn.Module):
             k_BGTK, v_BGTK = sight.cache.append(self.layer, sight.positions_BT, k_BGTK, v_BGTK)
         y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[self.config.window_of(self.layer)])
         return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+    def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, heads side by side; a method of its own for those who compute them together."""
+        return self.query(x_BTC), self.key(x_BTC), self.value(x_BTC)
 
 
 class Sight:
@@ -173,15 +177,19 @@ class MLP(nn.Module):
         self.down = linear_cls(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        h_BTF = self.up(x_BTC)
+        h_BTF, *gate_BTF = self.expand(x_BTC)
         if self.config.mlp == "swiglu":
-            h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
+            h_BTF = F.silu(*gate_BTF) * h_BTF
         elif self.config.mlp == "relu2":
             r_BTF = F.relu(h_BTF)
             h_BTF = r_BTF * r_BTF
         else:
             h_BTF = F.gelu(h_BTF, approximate="tanh" if self.config.mlp == "gelu_tanh" else "none")
         return self.down(h_BTF)
+
+    def expand(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
+        """What goes up, and under SwiGLU the gate."""
+        return (self.up(x_BTC), self.gate(x_BTC)) if self.config.mlp == "swiglu" else (self.up(x_BTC),)
 
 
 class Block(nn.Module):
@@ -195,6 +203,35 @@ class Block(nn.Module):
     def forward(self, x_BTC: Tensor, sight: Sight) -> Tensor:
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), sight)
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
+
+
+def initial_values(shapes: Mapping[str, tuple[int, ...]], tied: bool, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """(name, value) of each parameter of a GPT, in the order given, which has to be the model's own.
+
+    Matrices are normal with standard deviation 1/sqrt(inputs), embeddings 1, gains 1; what ends a branch starts at
+    zero. With the two projections back into the residual stream (and an untied head) at zero, each block starts as the
+    identity and the first loss is log(V). An embedding that is also the head is drawn like a head, 1/sqrt(width).
+    numpy draws the numbers, in float64: one seed gives both engines the same weights.
+    """
+    generator = np.random.default_rng(seed)
+    for name, shape in shapes.items():
+        if name.endswith(("output.weight", "down.weight", "head.weight", "value_embedding.weight", ".bias")):
+            yield name, torch.zeros(shape)
+        elif len(shape) == 2:
+            std = 1.0 if "embedding" in name and not tied else shape[1] ** -0.5
+            yield name, torch.from_numpy(generator.normal(0.0, std, shape))
+        else:
+            yield name, torch.ones(shape)
+
+
+def mean_cross_entropy(logits_BTV: Tensor, targets_BT: Tensor, z_loss: float = 0.0) -> Tensor:
+    """In nats. The gradient is that of the cross-entropy plus z_loss * mean(log Z squared), which keeps logits from
+    drifting; the value is the cross-entropy alone."""
+    loss = F.cross_entropy(logits_BTV.reshape(-1, logits_BTV.shape[-1]), targets_BT.reshape(-1))
+    if z_loss:
+        z = z_loss * logits_BTV.logsumexp(dim=-1).square().mean()
+        loss = loss + (z - z.detach())
+    return loss
 
 
 class GPT(nn.Module):
@@ -238,19 +275,11 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def initialise(self, seed: int) -> None:
-        """Matrices normal with standard deviation 1/sqrt(inputs), embeddings 1; what ends a branch starts at zero.
-
-        With the two projections back into the residual stream (and an untied head) at zero, each block starts as the
-        identity and the first loss is log(V). An embedding that is also the head is drawn like a head, 1/sqrt(width).
-        numpy draws the numbers: one seed gives both engines the same weights.
-        """
-        generator = np.random.default_rng(seed)
-        for name, p in self.named_parameters():
-            if name.endswith(("output.weight", "down.weight", "head.weight", "value_embedding.weight", ".bias")):
-                p.copy_(torch.zeros(p.shape))
-            elif p.ndim == 2:
-                std = 1.0 if "embedding" in name and not self.config.tied else p.shape[1] ** -0.5
-                p.copy_(torch.from_numpy(generator.normal(0.0, std, p.shape)))
+        """See `initial_values`."""
+        parameters = dict(self.named_parameters())
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        for name, value in initial_values(shapes, self.config.tied, seed):
+            parameters[name].copy_(value)
 
     def forward(
         self,
@@ -261,22 +290,13 @@ class GPT(nn.Module):
         separator: int | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
-        """logits_BTV; with targets the mean cross-entropy in nats instead.
-
-        The gradient is that of the cross-entropy plus z_loss * mean(log Z squared), which keeps logits from drifting;
-        the value is the cross-entropy alone.
+        """logits_BTV; with targets `mean_cross_entropy` instead.
 
         With a cache the tokens follow those that it holds, which they can see, and are added to it. With a separator
         nothing sees a document other than its own.
         """
         logits_BTV = self.logits(self.hidden(tokens_BT, cache=cache, separator=separator))
-        if targets_BT is None:
-            return logits_BTV
-        loss = F.cross_entropy(logits_BTV.reshape(-1, self.config.vocab_size), targets_BT.reshape(-1))
-        if z_loss:
-            z = z_loss * logits_BTV.logsumexp(dim=-1).square().mean()
-            loss = loss + (z - z.detach())
-        return loss
+        return logits_BTV if targets_BT is None else mean_cross_entropy(logits_BTV, targets_BT, z_loss)
 
     def hidden(self, tokens_BT: Tensor, *, cache: KVCache | None = None, separator: int | None = None) -> Tensor:
         """x_BTC after the last norm: what the head turns into logits."""

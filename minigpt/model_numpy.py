@@ -88,9 +88,9 @@ class Attention(nn.Module):
     def forward(self, x_BTC: Tensor, sight: "Sight") -> Tensor:
         B, T, _ = x_BTC.shape
         K = self.config.key_width
-        q_BHTK = self.query(x_BTC).reshape(B, T, self.config.heads, K).transpose(1, 2)
-        k_BGTK = self.key(x_BTC).reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
-        v_BGTK = self.value(x_BTC)
+        q_BHTK, k_BGTK, v_BGTK = self.project(x_BTC)
+        q_BHTK = q_BHTK.reshape(B, T, self.config.heads, K).transpose(1, 2)
+        k_BGTK = k_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
         if self.config.has_value_embedding(self.layer):
             v_BGTK = v_BGTK + self.value_embedding(sight.tokens_BT)
         v_BGTK = v_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
@@ -100,6 +100,10 @@ class Attention(nn.Module):
             q_BHTK, k_BGTK = rotate(q_BHTK, *sight.cos_sin), rotate(k_BGTK, *sight.cos_sin)
         y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[self.config.window_of(self.layer)])
         return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+
+    def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, heads side by side; a method of its own for those who compute them together."""
+        return self.query(x_BTC), self.key(x_BTC), self.value(x_BTC)
 
 
 class Sight:
@@ -142,15 +146,19 @@ class MLP(nn.Module):
         self.down = linear_cls(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        h_BTF = self.up(x_BTC)
+        h_BTF, *gate_BTF = self.expand(x_BTC)
         if self.config.mlp == "swiglu":
-            h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
+            h_BTF = F.silu(*gate_BTF) * h_BTF
         elif self.config.mlp == "relu2":
             r_BTF = F.relu(h_BTF)
             h_BTF = r_BTF * r_BTF
         else:
             h_BTF = F.gelu(h_BTF, approximate="tanh" if self.config.mlp == "gelu_tanh" else "none")
         return self.down(h_BTF)
+
+    def expand(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
+        """What goes up, and under SwiGLU the gate."""
+        return (self.up(x_BTC), self.gate(x_BTC)) if self.config.mlp == "swiglu" else (self.up(x_BTC),)
 
 
 class Block(nn.Module):

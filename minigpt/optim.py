@@ -5,6 +5,7 @@ parameters that are not matrices.
 """
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -106,9 +107,21 @@ def group_names(model: nn.Module) -> dict[str, list[str]]:
 def make_optimizers(
     model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.bfloat16
 ) -> list[torch.optim.Optimizer]:
-    """Every group keeps its peak as `peak_lr`; the trainer sets lr to a share of it before each step. `dtype` is what
-    the hardware multiplies fast, for Muon."""
-    parameters, names = dict(model.named_parameters()), group_names(model)
+    """Those of `optimizers_of`, for all trained parameters of a model."""
+    return optimizers_of(dict(model.named_parameters()), group_names(model), config, dtype)
+
+
+def optimizers_of(
+    parameters: Mapping[str, nn.Parameter],
+    names: Mapping[str, list[str]],
+    config: TrainConfig,
+    dtype: torch.dtype = torch.bfloat16,
+) -> list[torch.optim.Optimizer]:
+    """Muon and AdamW, as far as they have something to do, for parameters in the groups of `group_names`.
+
+    Every group keeps its peak as `peak_lr`; the trainer sets lr to a share of it before each step. `dtype` is what the
+    hardware multiplies fast, for Muon.
+    """
     peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "rest": config.gain_lr}
     decays = {"rest": 0.0, "embedding": config.embedding_decay}
     adamw, muon = [], []
@@ -120,6 +133,7 @@ def make_optimizers(
     if muon:
         muon[0] |= {"lr": config.muon_lr, "peak_lr": config.muon_lr}
     adamw = [group for group in adamw if group["params"]]
+    muon = [group for group in muon if group["params"]]
     optimizers = [Muon(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group]
     betas = (config.beta1, config.beta2)
     if adamw:

@@ -91,14 +91,15 @@ def train(
             data.tokenizer.save(config.folder / TOKENIZER)
         trainer.save()  # a kill at any later moment finds a checkpoint
     if trainer.step < config.steps:
-        _loop(trainer, notes)
+        run_steps(trainer, notes)
     if world.rank == 0 and not (config.folder / PICTURE).exists():
         plot_run(config.folder)
     trainer.use_average()
     return Result(config, trainer.model, data, trainer.dtype, trainer.bits_per_byte, trainer.seconds)
 
 
-def _loop(trainer: Trainer, notes: list[str]) -> None:
+def run_steps(trainer: Trainer, notes: list[str]) -> None:
+    """The steps that are left, with logs, looks at held-out text, checkpoints; any trainer with Trainer's methods."""
     config, world = trainer.config, trainer.world
     enabled = world.rank == 0
     peak = 1e12 * config.peak_tflops or measured_peak(trainer.machine()["dtype"], world.device)
