@@ -24,7 +24,7 @@ from parallel.pieces import Piece
 
 
 class Strategy:
-    """Names are the GPT's; the stages of one rank share none. Parameters that do not require a gradient take no part."""
+    """Names are the GPT's; the stages of one rank share none. Parameters that require no gradient take no part."""
 
     stages: Sequence[StageGPT]
     split_over: tuple[Comm, ...] = ()  # groups over whose ranks `parameters` are split: each element is on one of them
@@ -34,7 +34,7 @@ class Strategy:
         raise NotImplementedError
 
     def pieces(self) -> dict[str, Piece]:
-        """Which part of the whole parameter each of `parameters` is; optimizer states of its shape are the same part."""
+        """Which part of the whole parameter each of `parameters` is; optimizer states of its shape are so too."""
         raise NotImplementedError
 
     def no_sync(self) -> AbstractContextManager:
