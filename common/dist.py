@@ -30,6 +30,8 @@ from common.cli import UserError
 from common.log import cpu_threads
 
 GRACE_S = 0.5  # after the first failure, the others' messages are collected for this long
+# torch imports its compiler when the meta device or an optimizer is first used: a second or more, in every rank.
+PRELOAD = ["torch", "torch._dynamo", "torch._meta_registrations", "torch._decomp.decompositions"]
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
@@ -172,7 +174,7 @@ class _Ranks:
 
     def start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch"])
+        context.set_forkserver_preload(PRELOAD)
         for rank in range(self.world_size):
             ours, theirs = context.Pipe()
             self.pipes.append(ours)

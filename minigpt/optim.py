@@ -5,7 +5,7 @@ parameters that are not matrices.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -116,6 +116,7 @@ def optimizers_of(
     names: Mapping[str, list[str]],
     config: TrainConfig,
     dtype: torch.dtype = torch.bfloat16,
+    muon_cls: Callable[..., torch.optim.Optimizer] = Muon,
 ) -> list[torch.optim.Optimizer]:
     """Muon and AdamW, as far as they have something to do, for parameters in the groups of `group_names`.
 
@@ -134,7 +135,7 @@ def optimizers_of(
         muon[0] |= {"lr": config.muon_lr, "peak_lr": config.muon_lr}
     adamw = [group for group in adamw if group["params"]]
     muon = [group for group in muon if group["params"]]
-    optimizers = [Muon(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group]
+    optimizers = [muon_cls(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group]
     betas = (config.beta1, config.beta2)
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True))

@@ -33,6 +33,7 @@ class Call:
     started: float = 0.0
     ended: float = 0.0
     tag: str = ""  # what the caller says that it is for: "grads of blocks.3"
+    op: str = ""  # of a reduction
 
 
 class Listener(Protocol):
@@ -86,7 +87,7 @@ class Comm:
     def all_reduce(self, x: Tensor, op: Op = "sum", *, async_: bool = False, tag: str = "") -> Work:
         """x becomes the elementwise sum, mean or maximum over the ranks: bitwise the same on all of them."""
         _check_op(op, x)
-        return self._run("all_reduce", x, async_, tag, lambda: self._all_reduce(x, op))
+        return self._run("all_reduce", x, async_, tag, lambda: self._all_reduce(x, op), op=op)
 
     def reduce_scatter(self, x: Tensor, out: Tensor, op: Op = "sum", *, async_: bool = False, tag: str = "") -> Work:
         """out becomes this rank's W-th of the reduced x, seen as flat: x.numel() == W out.numel(). x is spent."""
@@ -95,7 +96,7 @@ class Comm:
         if self.size == 1:
             out.view(-1).copy_(x.view(-1))
         return self._run(
-            "reduce_scatter", x, async_, tag, lambda: self._reduce_scatter(x.view(-1), out.view(-1), op), out
+            "reduce_scatter", x, async_, tag, lambda: self._reduce_scatter(x.view(-1), out.view(-1), op), out, op=op
         )
 
     def all_gather(self, x: Tensor, out: Tensor, *, async_: bool = False, tag: str = "") -> Work:
@@ -145,15 +146,18 @@ class Comm:
         """Returns when every rank has called it."""
         self._run("barrier", None, False, "", self._barrier)
 
-    def _run(self, name, x, async_, tag, start, *others: Tensor, peer: int | None = None) -> Work:
+    def _run(self, name, x, async_, tag, start, *others: Tensor, peer: int | None = None, op: str = "") -> Work:
         for tensor in (x, *others):
             if tensor is not None and not tensor.is_contiguous():
                 raise ValueError(f"{name}: a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}: "
                                  f"expected a contiguous one")  # fmt: skip
         if self.size == 1:
             return Work()
-        call = Call(name, self.group, self._number(name), None if x is None else x.dtype,
-                    0 if x is None else x.numel() * x.element_size(), peer, time.perf_counter(), 0.0, tag)  # fmt: skip
+        call = Call(
+            name, self.group, self._number(name), dtype=None if x is None else x.dtype,
+            payload=0 if x is None else x.numel() * x.element_size(), peer=peer, started=time.perf_counter(), tag=tag,
+            op=op,
+        )  # fmt: skip
         for listener in self.listeners:
             listener.started(call)
         work = start()
@@ -209,6 +213,9 @@ def _check_op(op: str, x: Tensor) -> None:
 
 
 OPS = {"sum": dist.ReduceOp.SUM, "mean": dist.ReduceOp.AVG, "max": dist.ReduceOp.MAX}
+# torch 2.13 has new names for these two, and warns of the old ones.
+ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class TorchComm(Comm):
@@ -220,10 +227,10 @@ class TorchComm(Comm):
         return dist.all_reduce(x, OPS[op], group=self.group.process_group, async_op=True)
 
     def _reduce_scatter(self, x, out, op):
-        return dist.reduce_scatter_tensor(out, x, OPS[op], group=self.group.process_group, async_op=True)
+        return REDUCE_SCATTER(out, x, OPS[op], group=self.group.process_group, async_op=True)
 
     def _all_gather(self, x, out):
-        return dist.all_gather_into_tensor(out, x, group=self.group.process_group, async_op=True)
+        return ALL_GATHER(out, x, group=self.group.process_group, async_op=True)
 
     def _broadcast(self, x, source):
         return dist.broadcast(x, self.group.ranks[source], group=self.group.process_group, async_op=True)

@@ -52,18 +52,23 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x)
-        ctx.weight, ctx.has_bias = weight, bias is not None
+        ctx.weight, ctx.bias_dtype = weight, None if bias is None else bias.dtype
         return F.linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, gradient):
         (x,), weight = ctx.saved_tensors, ctx.weight
         rows = gradient.reshape(-1, gradient.shape[-1])
-        of_weight = None
+        dtype = gradient.dtype  # under autocast the product's, not that of x and weight
+        of_x = of_weight = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ weight.to(dtype)).to(x.dtype)
         if ctx.needs_input_grad[1]:
-            of_weight = weight_gradient(weight, lambda: rows.mT @ x.reshape(-1, x.shape[-1]))
-        of_x = gradient @ weight if ctx.needs_input_grad[0] else None
-        return of_x, of_weight, rows.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None
+            columns = x.reshape(-1, x.shape[-1])
+            of_weight = weight_gradient(weight, lambda: (rows.mT @ columns.to(dtype)).to(weight.dtype))
+        if ctx.needs_input_grad[2]:
+            of_bias = rows.sum(0).to(ctx.bias_dtype)
+        return of_x, of_weight, of_bias
 
 
 class DeferrableLinear(nn.Linear):

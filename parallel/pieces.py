@@ -50,7 +50,8 @@ class Piece:
             return
         flat = part.contiguous().view(-1)
         flat[self.flat[0] : self.flat[1]] = value.view(-1)
-        part.copy_(flat.view(part.shape))
+        if flat.data_ptr() != part.data_ptr():  # a copy; else it is written already
+            part.copy_(flat.view(part.shape))
 
 
 def piece_of(p: nn.Parameter) -> Piece:

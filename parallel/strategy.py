@@ -58,12 +58,13 @@ class Strategy:
 def sum_partial(strategy: Strategy, groups: Mapping[str, Comm]) -> None:
     """Adds up gradients of which several ranks of another axis have a part each, by parameter name: gains under
     sequence parallelism, key/value heads that ranks share, an embedding that is also the head of another stage."""
-    parameters = strategy.parameters()
+    parameters, device = strategy.parameters(), _device(strategy)
     for name in sorted(groups):
         if name in parameters:
             p = parameters[name]
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad.contiguous()
-            groups[name].all_reduce(p.grad, tag=f"partial gradient of {name}")
+            total = (torch.zeros_like(p) if p.grad is None else p.grad.contiguous()).to(device)
+            groups[name].all_reduce(total, tag=f"partial gradient of {name}")
+            p.grad = total.to(p.device)
 
 
 def global_norm(strategy: Strategy, over: Iterable[Comm] = ()) -> Tensor:
@@ -72,11 +73,11 @@ def global_norm(strategy: Strategy, over: Iterable[Comm] = ()) -> Tensor:
     `over` are the groups along tp and pp, whose ranks have different parts of the model (or copies, see Piece.copies).
     """
     parameters, pieces = strategy.parameters(), strategy.pieces()
-    device = next((p.device for p in parameters.values()), torch.device("cpu"))
-    total = torch.zeros((), dtype=torch.float64, device=device)
+    total = torch.zeros((), dtype=torch.float64, device=_device(strategy))
     for name, p in parameters.items():
         if p.grad is not None:
-            total += torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() / pieces[name].copies
+            square = torch.linalg.vector_norm(p.grad, dtype=torch.float64).square() / pieces[name].copies
+            total += square.to(total.device)
     for comm in (*strategy.split_over, *over):
         comm.all_reduce(total, tag="gradient norm")
     return total.sqrt()
@@ -90,7 +91,12 @@ def clip(strategy: Strategy, most: float, over: Iterable[Comm] = ()) -> float:
         factor = (most / (norm + 1e-6)).clamp(max=1.0)
         for p in strategy.parameters().values():
             if p.grad is not None:
-                p.grad.mul_(factor.to(p.grad.dtype))
+                p.grad.mul_(factor.to(p.grad))
     value = norm.item()
     assert value >= 0 or math.isnan(value)
     return value
+
+
+def _device(strategy: Strategy) -> torch.device:
+    """Where the model computes, and ranks can talk: what is stepped may lie elsewhere (FSDP's offload)."""
+    return next(iter(strategy.stages[0].parameters())).device
