@@ -135,7 +135,9 @@ def optimizers_of(
         muon[0] |= {"lr": config.muon_lr, "peak_lr": config.muon_lr}
     adamw = [group for group in adamw if group["params"]]
     muon = [group for group in muon if group["params"]]
-    optimizers = [muon_cls(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group]
+    optimizers = [
+        muon_cls(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group
+    ]
     betas = (config.beta1, config.beta2)
     if adamw:
         optimizers.append(torch.optim.AdamW(adamw, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True))

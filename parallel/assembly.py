@@ -112,7 +112,8 @@ class Assembly:
             zero = {1: Zero1, 2: Zero2}[config.sharding]
             whole = self._groups()["matrices"] if config.optimizer == "muon" else ()
             return zero(self.stages, self.shard, self.replicas, whole=whole, bucket_mb=config.bucket_mb)
-        return DATA_PARALLEL[config.data_parallel](self.stages, self.data, bucket_mb=config.bucket_mb)
+        kind = config.data_parallel if self.data.size > 1 else "naive"  # which copies nothing where nobody else is
+        return DATA_PARALLEL[kind](self.stages, self.data, bucket_mb=config.bucket_mb)
 
     def whole(self) -> GPT:
         """The model of one process, without storage."""

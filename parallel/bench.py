@@ -65,6 +65,8 @@ def measure(rank: int, ranks: int, config: BenchConfig) -> dict[str, list[dict[s
 
 
 def on_cpu(config: BenchConfig) -> list[Path]:
+    if not Path("/proc/net/dev").exists():
+        raise UserError("device cpu: the bytes are counted by Linux, in /proc/net/dev, which this machine has not")
     together: dict[str, list[dict[str, Any]]] = {}
     for ranks in dict.fromkeys((config.ranks, config.more_ranks)):
         if ranks:

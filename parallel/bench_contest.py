@@ -21,7 +21,7 @@ from parallel.pieces import Piece
 
 Rows = tuple[Tensor, Tensor]  # tokens_BT, targets_BT
 CHECKED_STEPS = 3
-GRADIENT_ERROR, LOSS_ERROR = 1e-4, 1e-5  # the largest that pass, of the largest number; seen: 3e-6 and 2e-7
+GRADIENT_ERROR, LOSS_ERROR = 1e-4, 1e-5  # the largest that pass, of the largest number; gradients seen: 2e-6
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ class Recording:
     """What one rank has seen. Names are the model's, so those of one process."""
 
     outputs: dict[str, list[Tensor]] = field(default_factory=dict)  # by module, one a call, in the order of first calls
-    gradients: dict[str, list[Tensor]] = field(default_factory=dict)  # of the loss with respect to outputs; likewise
+    gradients: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # of the loss, by call of those outputs
     parameters: dict[str, tuple[Piece, Tensor]] = field(default_factory=dict)
     parameter_gradients: dict[str, tuple[Piece, Tensor]] = field(default_factory=dict)
 
@@ -62,15 +62,13 @@ def _keeper(recording: Recording, name: str):
     def keep(module: nn.Module, inputs: tuple, out: object) -> None:
         if not isinstance(out, Tensor) or torch._C._current_graph_task_id() != -1:  # not within a backward pass
             return
-        recording.outputs.setdefault(name, []).append(out.detach().clone())
+        calls, gradients = recording.outputs.setdefault(name, []), recording.gradients.setdefault(name, {})
+        number = len(calls)  # a pipeline's backward passes come in another order than its forward passes
+        calls.append(out.detach().clone())
         if out.requires_grad:
-            out.register_hook(lambda gradient: _append(recording.gradients, name, gradient))
+            out.register_hook(lambda gradient: gradients.__setitem__(number, gradient.detach().clone()))
 
     return keep
-
-
-def _append(into: dict[str, list[Tensor]], name: str, gradient: Tensor) -> None:
-    into.setdefault(name, []).append(gradient.detach().clone())
 
 
 @dataclass(slots=True)
@@ -88,14 +86,15 @@ def assemble(recordings: Sequence[Recording], layout: Layout) -> Run:
     run = Run(layout, {})
     rows = layout.dp * layout.fsdp
     for kind, scale in (("output", 1.0), ("gradient", 1.0 / rows)):
-        for name in _names([getattr(recording, f"{kind}s") for recording in recordings]):
+        names = _names([recording.outputs for recording in recordings])
+        for name in names if kind == "output" else reversed(names):
             grid = {}  # by place along tp, the rows of the data ranks
             for place, recording in zip(_places(layout), recordings, strict=True):
-                calls = getattr(recording, f"{kind}s").get(name)
-                if calls and calls[0].ndim:
+                if calls := _calls(recording, kind, name):
                     grid.setdefault(place["tp"], []).append(scale * torch.cat(calls))
             if grid:
-                run.values[kind, name] = _candidates([torch.cat(parts) for _, parts in sorted(grid.items())])
+                parts = [torch.cat(parts) for _, parts in sorted(grid.items())]
+                run.values[kind, name] = _candidates(parts, terms=kind == "gradient")
     for kind, of in (("gradient of", "parameter_gradients"), ("parameter", "parameters")):
         for name in _names([getattr(recording, of) for recording in recordings]):
             parts = [getattr(recording, of)[name] for recording in recordings if name in getattr(recording, of)]
@@ -107,16 +106,27 @@ def _names(dicts: Sequence[Mapping[str, object]]) -> list[str]:
     return list(dict.fromkeys(name for one in dicts for name in one))
 
 
+def _calls(recording: Recording, kind: str, name: str) -> list[Tensor]:
+    if kind == "output":
+        calls = recording.outputs.get(name, [])
+    else:
+        calls = [gradient for _, gradient in sorted(recording.gradients.get(name, {}).items())]
+    return calls if calls and calls[0].ndim else []
+
+
 def _places(layout: Layout) -> list[dict[str, int]]:
     return [dict(zip(AXES, place, strict=True)) for place in product(*map(range, layout.sizes))]
 
 
-def _candidates(parts: list[Tensor]) -> list[Range]:
-    """The parts of the tensor-parallel ranks may be the same whole, or cut along positions, or along channels."""
+def _candidates(parts: list[Tensor], terms: bool) -> list[Range]:
+    """The parts of the tensor-parallel ranks may be the same whole, or cut along positions, or along channels; or, of
+    the gradient of what several ranks read, terms of a sum."""
     found = []
     if len({part.shape for part in parts}) == 1:
         stacked = torch.stack(parts)
         found.append((stacked.amin(0), stacked.amax(0)))
+        if terms and len(parts) > 1:
+            found.append((stacked.sum(0),) * 2)
     if len(parts) > 1:
         found += [(torch.cat(parts, dim),) * 2 for dim in {1, parts[0].ndim - 1} if 0 < dim < parts[0].ndim]
     return found

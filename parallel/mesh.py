@@ -65,7 +65,8 @@ class Group:
 
     @property
     def label(self) -> str:
-        return "+".join(self.axes) or "self"
+        """`tp`, `dp+fsdp`; `world` for all axes."""
+        return "world" if self.axes == AXES else "+".join(self.axes) or "self"
 
 
 class Mesh:

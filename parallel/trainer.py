@@ -37,9 +37,9 @@ class ParallelTrainer:
     ):
         self.config, self.assembly, self.data, self.world, self.tracer = config, assembly, data, world, tracer
         if tracer is not None:
+            tracer.on = False
             tracer.align(assembly.all, device=world.device)
             tracer.watch(assembly.stages)
-            tracer.on = False
         self.sitting = 0  # steps since this process began
         self.model = assembly.whole()  # without storage: to count its parameters and FLOPs
         self.options: dict[str, Any] = {"z_loss": config.z_loss} if config.z_loss else {}

@@ -49,6 +49,7 @@ class Wire:
 
     def __init__(self, group: Group, chunk_bytes: int):
         self.group, self.chunk_bytes, self.sent = group, chunk_bytes, 0
+        self.grouped = group.process_group is not None and "nccl" in dist.get_backend(group.process_group)
 
     @property
     def size(self) -> int:
@@ -61,16 +62,23 @@ class Wire:
     def exchange(
         self, send: Tensor | None, to: int, receive: Tensor | None, source: int, tag: int = COLLECTIVE_TAG
     ) -> list[dist.Work]:
-        """Begins one message each way (None or empty: none). Backends that group sends and receives, as NCCL must lest
-        two ranks that send first wait for each other, get both as one group."""
-        operations = []
-        for call, tensor, peer in ((dist.irecv, receive, source), (dist.isend, send, to)):
-            if tensor is not None and tensor.numel():
-                assert tensor.is_contiguous()
-                operations.append(dist.P2POp(call, tensor, group=self.group.process_group, tag=tag, group_peer=peer))
+        """Begins one message each way (None or empty: none). NCCL gets both as one group, lest two ranks that send
+        first wait for each other; gloo gets them bare, since torch's grouping takes longer than a short message."""
+        process_group, send, receive = self.group.process_group, _full(send), _full(receive)
+        if self.grouped:
+            wanted = ((dist.irecv, receive, source), (dist.isend, send, to))
+            operations = [
+                dist.P2POp(call, tensor, group=process_group, tag=tag, group_peer=peer)
+                for call, tensor, peer in wanted
+                if tensor is not None
+            ]
+            works = dist.batch_isend_irecv(operations) if operations else []
+        else:
+            works = [process_group.recv([receive], source, tag)] if receive is not None else []
+            works += [process_group.send([send], to, tag)] if send is not None else []
         if send is not None:
             self.sent += send.numel() * send.element_size()
-        return dist.batch_isend_irecv(operations) if operations else []
+        return works
 
     def chunks(self, span: Span, element_size: int) -> list[Span]:
         return cut(span, self.chunk_count(span[1] - span[0], element_size))
@@ -100,3 +108,8 @@ class Wire:
                 arrived(into)
 
         pipeline(len(pairs), len(pairs), begin, complete)
+
+
+def _full(x: Tensor | None) -> Tensor | None:
+    assert x is None or x.is_contiguous()
+    return x if x is not None and x.numel() else None

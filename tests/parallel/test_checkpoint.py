@@ -384,7 +384,7 @@ def test_a_rank_that_never_comes_is_named_after_the_time_limit(tmp_path, monkeyp
 
 # What follows: real ranks, a GPT and its optimizers.
 
-CONFIG = TrainConfig(optimizer="muon", learning_rate=0.01, muon_lr=0.02, weight_decay=0.1, steps=6)
+CONFIG = TrainConfig(optimizer="muon", learning_rate=0.01, muon_lr=0.02, weight_decay=0.1, steps=6, eps=1e-4)
 ADAMW = replace(CONFIG, optimizer="adamw")
 
 

@@ -193,6 +193,7 @@ def desync_cases(rank, world_size, folder):
     case("other_name", other_name)
     case("other_size", lambda comms: comms["tp"].all_reduce(torch.ones(8 + rank)))
     case("other_dtype", lambda comms: comms["all"].all_reduce(torch.ones(8, dtype=DTYPES[rank])))
+    case("other_op", lambda comms: comms["all"].all_reduce(torch.ones(8), "mean" if rank == 2 else "sum"))
     case("other_source", lambda comms: comms["all"].broadcast(torch.ones(8), rank // 2))
     case("other_group", other_group, 5.0)
     case("absent", lambda comms: comms["all"].barrier() if rank else None, 0.5)
@@ -206,19 +207,21 @@ def test_a_desync_is_told_on_all_ranks_before_anything_hangs(tmp_path):
     told = spawn(desync_cases, 4, tmp_path)
     assert [t["equal"] for t in told] == [None] * 4
     everyone = {
-        "other_name": "call no 1 of dp+tp (ranks 0, 1, 2, 3) is not the same on all: ranks 0, 1, 2 all_reduce 32 B "
+        "other_name": "call no 1 of dp+tp (ranks 0, 1, 2, 3) is not the same on all: ranks 0, 1, 2 all_reduce sum 32 B "
         "float32 (loss); rank 3 all_gather 128 B float32 (weights)",
-        "other_dtype": "call no 0 of dp+tp (ranks 0, 1, 2, 3) is not the same on all: ranks 0, 2, 3 all_reduce 32 B "
-        "float32; rank 1 all_reduce 32 B int32",
+        "other_dtype": "call no 0 of dp+tp (ranks 0, 1, 2, 3) is not the same on all: ranks 0, 2, 3 all_reduce sum 32 "
+        "B float32; rank 1 all_reduce sum 32 B int32",
+        "other_op": "call no 0 of dp+tp (ranks 0, 1, 2, 3) is not the same on all: ranks 0, 1, 3 all_reduce sum 32 "
+        "B float32; rank 2 all_reduce mean 32 B float32",
         "other_source": "call no 0 of dp+tp (ranks 0, 1, 2, 3) is not the same on all: ranks 0, 1 broadcast 32 B "
         "float32 from 0; ranks 2, 3 broadcast 32 B float32 from 1",
     }
     for case, text in everyone.items():
         assert [t[case] for t in told] == [text] * 4
     assert told[2]["other_size"] == told[3]["other_size"]
-    assert "rank 2 all_reduce 40 B float32; rank 3 all_reduce 44 B float32" in told[2]["other_size"]
-    assert "rank 2 is in all_reduce 32 B float32 no 0 of tp (ranks 2, 3)" in told[3]["other_group"]
-    assert "rank 3 is in all_reduce 32 B float32 no 0 of dp+tp (ranks 0, 1, 2, 3)" in told[2]["other_group"]
+    assert "rank 2 all_reduce sum 40 B float32; rank 3 all_reduce sum 44 B float32" in told[2]["other_size"]
+    assert "rank 2 is in all_reduce sum 32 B float32 no 0 of tp (ranks 2, 3)" in told[3]["other_group"]
+    assert "rank 3 is in all_reduce sum 32 B float32 no 0 of dp+tp (ranks 0, 1, 2, 3)" in told[2]["other_group"]
     assert all("rank 0 has called nothing for 0.5 s" in t["absent"] for t in told[1:])
 
 

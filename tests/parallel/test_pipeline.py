@@ -320,7 +320,7 @@ def test_graphs_alive_are_those_of_theory():
 
 # ---- time: stages that sleep ----
 
-UNIT_S = 0.05
+UNIT_S = 0.08
 
 
 class SleepyProduct(torch.autograd.Function):
