@@ -54,6 +54,7 @@ bench: native
 	$(RUN) -m minigpt.bench --device cpu --out $(OUT)
 	$(RUN) -m minigpt.twins --out $(OUT)
 	$(RUN) -m cuda.bench_matmul --device cpu --out $(OUT)
+	$(RUN) -m parallel.bench --out $(OUT)
 	rm -rf build/scaling
 	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)
 
@@ -62,6 +63,7 @@ gpu: native
 	$(RUN) -m common.timing --device cuda --out $(OUT)
 	$(RUN) -m cuda.bench_matmul --device cuda --budget-s 170 --out $(OUT)
 	$(RUN) -m minigpt.bench --device cuda --rounds 7 --out $(OUT)
+	$(RUN) -m parallel.bench --device cuda --rounds 7 --out $(OUT)
 	rm -rf build/speedrun
 	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)

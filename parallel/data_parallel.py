@@ -192,10 +192,16 @@ class Bucket:
         self.used.clear()
 
     def reduce(self, gradients: Sequence[Tensor | None]) -> Reduction:
+        """Divides by the number of ranks on the way into the bucket: a mean instead of a sum would be one more pass."""
         flat = torch.empty(sum(self.sizes), dtype=self.reduce_dtype, device=self.device)
         for part, gradient in zip(flat.split(self.sizes), gradients, strict=True):
-            part.zero_() if gradient is None else part.copy_(gradient.reshape(-1))
-        return self.comm.all_reduce(flat, "mean", async_=True, tag=f"gradients of {self.label}"), lambda: flat
+            if gradient is None:
+                part.zero_()
+            elif gradient.dtype == part.dtype:
+                torch.mul(gradient.reshape(-1), 1 / self.comm.size, out=part)
+            else:
+                part.copy_(gradient.reshape(-1)).mul_(1 / self.comm.size)
+        return self.comm.all_reduce(flat, async_=True, tag=f"gradients of {self.label}"), lambda: flat
 
     def averaged(self, total: Tensor) -> Iterator[tuple[str, nn.Parameter, Tensor]]:
         """Name, the tensor that the optimizer steps, its gradient."""

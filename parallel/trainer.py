@@ -120,7 +120,7 @@ class ParallelTrainer:
         with self.averaged():
             totals = score(
                 self.assembly.logits, self.data.held_out, self.data.byte_lengths, self._share(windows),
-                rows=16, device=self.world.device, dtype=self.assembly.dtype,
+                rows=self._in_parts(16), device=self.world.device, dtype=self.assembly.dtype,
             )  # fmt: skip
         value = to_bits_per_byte(self.assembly.total(totals))
         if not final:
@@ -129,12 +129,17 @@ class ParallelTrainer:
         return {"held_out_bits_per_byte": value}
 
     def _share(self, windows: list[Window]) -> list[Window]:
-        """This rank's, as many on every rank: all of them have to make the same calls. A window that fills up counts
-        none of its tokens."""
+        """This rank's, as many on every rank, since all have to make the same calls, and what a pipeline can divide. A
+        window that fills up counts none of its tokens."""
         data = self.assembly.data
         mine = windows[data.rank :: data.size]
         start, length, _ = windows[0]
-        return mine + [(start, length, length)] * (-(-len(windows) // data.size) - len(mine))
+        return mine + [(start, length, length)] * (self._in_parts(-(-len(windows) // data.size)) - len(mine))
+
+    def _in_parts(self, rows: int) -> int:
+        """At least so many rows, and a multiple of a pipeline's micro-batches."""
+        parts = self.config.parts if self.config.pp > 1 else 1
+        return -(-rows // parts) * parts
 
     def save(self) -> None:
         """Starts to write a checkpoint, after the one before has been written; with async_save false waits for it."""

@@ -37,7 +37,7 @@ def test_a_quick_run_has_all_rows(tmp_path):
         assert row["ranks"] == 2 and len(row["samples"]["raw"]) == len(row["sent_bytes"]) == 2
         assert row["step_ms"] > 0 and 0 <= row["gradient_error"] <= 1e-4
         assert (row["vs_torch"] is None) == row["case"].startswith("torch")
-    # Headers come on top; what else talks on the loopback is taken off by an empty round, and may be too much for a row.
+    # Headers come on top; what else talks on the loopback is taken off by an empty round, at times too much of it.
     assert statistics.median(row["vs_formula"] for row in steps) >= 1
     for row in collectives:
         assert row["ours_sent"] >= row["ours_formula"] and row["torch_sent"] >= row["torch_formula"]

@@ -73,7 +73,14 @@ def test_one_process_is_stage_2(config):
 def test_every_kind_of_layout_gives_the_losses_of_one_process(config, reference):
     layouts = {
         "tp2-fsdp2": {"tp": 2, "fsdp": 2, "sequence_parallel": True, "overlap": True, "async_save": False},
-        "pp2-dp2": {"pp": 2, "dp": 2, "pipeline": "zb-h1", "collectives": "ours", "recompute": "full"},
+        "pp2-dp2": {
+            "pp": 2,
+            "dp": 2,
+            "pipeline": "zb-h1",
+            "microbatches": 4,
+            "collectives": "ours",
+            "recompute": "full",
+        },
     }
     for name, options in layouts.items():
         one = replace(config, folder=config.folder.with_name(name), **options)
