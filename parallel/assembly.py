@@ -28,6 +28,7 @@ from parallel.mesh import Mesh
 from parallel.model import StageGPT, initialise, materialise
 from parallel.muon_parallel import TensorParallelMuon
 from parallel.pipeline import Pipeline, chunk_layers, make_back, tied_groups
+from parallel.random_state import seed_ranks
 from parallel.strategy import Strategy, clip, sum_partial
 from parallel.tensor_parallel import parallelise
 from parallel.vocab_parallel import gather_logits
@@ -46,8 +47,15 @@ class Assembly:
         self.model_config = config.model_config(vocab_size)
         self.dtype = choose_dtype(config.dtype, world.device)
         self.listeners = list(listeners)
+        if config.collectives == "ours" and world.backend == "nccl" and sum(n > 1 for n in config.layout.sizes) > 1:
+            raise ValueError(
+                f"collectives ours on NCCL with {config.layout}: expected one axis, or torch: each group has a thread "
+                "that starts its calls, and NCCL wants one order of all calls"
+            )
+        seed_ranks(self.mesh, config.seed)
         self.all = self.comm("pp", "dp", "fsdp", "cp", "ep", "tp")
-        self.data, self.shard, self.replicas = self.comm("dp", "fsdp"), self.comm("fsdp"), self.comm("dp")
+        self.data, self.shard = self.comm("dp", "fsdp", gradients=True), self.comm("fsdp", gradients=True)
+        self.replicas = self.comm("dp", gradients=True)
         self.tp, self.pp = self.comm("tp"), self.comm("pp")
         self.partial: dict[str, Comm] = {}
         self.stages = self._stages()
@@ -59,8 +67,15 @@ class Assembly:
         ) if config.pp > 1 else None  # fmt: skip
         self.optimizers = self._optimizers(dtype or self.dtype)
 
-    def comm(self, *axes: str) -> Comm:
-        return make_comm(self.mesh.group(*axes), self.config.collectives, self.listeners)
+    def comm(self, *axes: str, gradients: bool = False) -> Comm:
+        """Of a slice of the mesh. What gradients travel through may be compressed, and go by way of machines."""
+        config, group, options = self.config, self.mesh.group(*axes), {}
+        if gradients and config.collectives == "ours":
+            options["compress"] = None if config.compress == "none" else config.compress
+            if size := config.ranks_per_node:
+                near = sum(rank // size == group.ranks[0] // size for rank in group.ranks)  # on one machine
+                options["ranks_per_node"] = near if group.size % near == 0 else 0
+        return make_comm(group, config.collectives, self.listeners, **options)
 
     @property
     def last(self) -> bool:
@@ -88,7 +103,7 @@ class Assembly:
         plan = Plan(
             data=config.fsdp, tp=config.tp, pp=config.pp, sequence_parallel=config.sequence_parallel, rows=rows,
             T=config.context, micro_batches=config.parts, number=2 if self.dtype == torch.bfloat16 else 4,
-            fused=self.world.device.type == "cuda",
+            fused=self.world.device.type == "cuda", pipeline=config.pipeline if config.pp > 1 else "1f1b",
         )  # fmt: skip
         if config.recompute == "budget":
             budget = int(config.activation_mb * 2**20)
@@ -168,13 +183,13 @@ class Assembly:
 
     # ---- what all ranks want to know ----
     @torch.no_grad()
-    def logits(self, tokens_BT: Tensor) -> Tensor:
+    def logits(self, tokens_BT: Tensor, separator: int | None = None) -> Tensor:
         """Whole logits_BTV where this rank sees them, else zeros of that shape that take no memory."""
         with self._autocast():
             if self.pipeline is not None:
-                logits_BTV = self.pipeline.evaluate(tokens_BT)
+                logits_BTV = self.pipeline.evaluate(tokens_BT, separator=separator)
             else:
-                logits_BTV = self.stages[0](None, tokens_BT)
+                logits_BTV = self.stages[0](None, tokens_BT, separator=separator)
         if not self.last:
             V = self.model_config.vocab_size
             return torch.zeros((), device=self.world.device).expand(*tokens_BT.shape, V)

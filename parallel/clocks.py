@@ -55,6 +55,7 @@ def _share_clock(world: Comm, device: torch.device | str) -> bool:
 def _answer(world: Comm, rank: int, times: torch.Tensor) -> None:
     for _ in range(ROUNDS):
         world.receive(times, rank, tag="clock")
+        times.item()  # with NCCL receive returns before the message is there
         times.fill_(time.perf_counter())
         world.send(times, rank, tag="clock")
 

@@ -9,7 +9,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from parallel import algorithms
@@ -165,6 +164,5 @@ class OurComm(Comm):
         return Work(lambda: wait_all(works))
 
     def _barrier(self) -> Job:
-        on_gpu = dist.get_backend(self.group.process_group) == "nccl"
-        token = torch.zeros(1, dtype=torch.uint8, device="cuda" if on_gpu else "cpu")
+        token = torch.zeros(1, dtype=torch.uint8, device="cuda" if self.wire.grouped else "cpu")
         return self._worker.submit(lambda: algorithms.barrier(self.wire, token), token)

@@ -8,7 +8,7 @@ place. Every rank of the group makes the same calls in the same order. Refused: 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,13 @@ class Call:
     ended: float = 0.0
     tag: str = ""  # what the caller says that it is for: "grads of blocks.3"
     op: str = ""  # of a reduction
+    work: Any = None  # what is under way: NCCL's goes on after the wait for it, which is only the stream's
+
+    @property
+    def over(self) -> bool:
+        """Whether it is done on the device too."""
+        completed = getattr(self.work, "is_completed", None)
+        return bool(self.ended) and (completed is None or completed())
 
 
 class Listener(Protocol):
@@ -160,7 +167,7 @@ class Comm:
         )  # fmt: skip
         for listener in self.listeners:
             listener.started(call)
-        work = start()
+        call.work = work = start()
 
         def finish() -> None:
             if work is not None:

@@ -11,6 +11,7 @@ from typing import Literal
 from minigpt.train_config import FREE as FREE_OF_STAGE_2
 from minigpt.train_config import PRESETS as STAGE_2
 from minigpt.train_config import TrainConfig, option
+from parallel import schedules
 from parallel.mesh import Layout
 
 
@@ -43,6 +44,8 @@ class ParallelConfig(TrainConfig):
     recompute: Literal["none", "full", "selective", "budget"] = option("none", "activations computed twice, not kept")
     activation_mb: float = option(0.0, "recompute budget: what the activations of a step may take, in MiB")
     collectives: Literal["torch", "ours"] = option("torch", "torch.distributed's, or those of parallel/collectives.py")
+    compress: Literal["none", "bf16", "fp8"] = option("none", "gradients on the wire, with error feedback; ours only")
+    ranks_per_node: int = option(0, "ours: sums go inside a machine first where a group spans several; 0: one machine")
     async_save: bool = option(True, "checkpoints are written while training goes on")
     timeout_s: float = option(120.0, "a collective that takes longer ends the run with a report of who waits where")
     checked: bool = option(False, "every collective first compares what the ranks call; slow")
@@ -59,7 +62,7 @@ class ParallelConfig(TrainConfig):
         for name in ("bucket_mb", "timeout_s"):
             if not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} {getattr(self, name)}: expected a positive number")
-        for name in ("prefetch", "microbatches", "trace_steps", "activation_mb"):
+        for name in ("prefetch", "microbatches", "trace_steps", "activation_mb", "ranks_per_node"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or more")
         if self.compile or self.activation_checkpointing:
@@ -73,6 +76,19 @@ class ParallelConfig(TrainConfig):
             raise ValueError(f"recompute budget with chunks {self.chunks}: expected 1; full and selective take any")
         if self.sequence_parallel and self.context % self.tp:
             raise ValueError(f"context {self.context} over tp {self.tp}: sequence parallelism wants whole parts")
+        if self.offload and self.sharding != 3:
+            raise ValueError(
+                f"offload with fsdp {self.fsdp} and zero {self.zero}: expected fsdp of 2 or more and zero 3"
+            )
+        for name in ("heads", "mlp_width"):
+            if getattr(self, name) % self.tp:
+                raise ValueError(f"{name} {getattr(self, name)} over tp {self.tp}: expected a multiple of {self.tp}")
+        if self.kv_heads % self.tp and self.tp % self.kv_heads:
+            raise ValueError(
+                f"kv_heads {self.kv_heads} over tp {self.tp}: expected a multiple or a divisor of {self.tp}"
+            )
+        if self.compress != "none" and self.collectives != "ours":
+            raise ValueError(f"compress {self.compress!r} with collectives torch: expected --collectives ours")
         if self.optimizer == "muon" and self.sharding == 3:
             raise ValueError("optimizer muon with fsdp and zero 3: its matrices would be flat parts; take zero 1 or 2, "
                              "or --optimizer adamw")  # fmt: skip
@@ -82,8 +98,11 @@ class ParallelConfig(TrainConfig):
     def _check_pipeline(self, layout: Layout) -> None:
         if self.chunks < 1:
             raise ValueError(f"chunks {self.chunks}: expected at least 1")
-        if self.chunks > 1 and self.pipeline != "interleaved-1f1b":
-            raise ValueError(f"chunks {self.chunks} in pipeline {self.pipeline!r}: expected interleaved-1f1b")
+        if layout.pp > 1:
+            schedules.check(self.pipeline, layout.pp, self.parts, self.chunks)
+        elif self.chunks > 1 or self.microbatches:
+            raise ValueError(f"chunks {self.chunks} and microbatches {self.microbatches} with pp 1: expected --pp of 2 "
+                             f"or more, or neither")  # fmt: skip
         if self.layers < layout.pp * self.chunks:
             raise ValueError(
                 f"pp {layout.pp} x chunks {self.chunks}: {self.layers} layers do not reach for as many stages"
@@ -115,7 +134,8 @@ class ParallelConfig(TrainConfig):
 FREE = (
     *FREE_OF_STAGE_2, "pp", "dp", "fsdp", "cp", "ep", "tp", "zero", "data_parallel", "bucket_mb", "reshard", "prefetch",
     "offload", "sequence_parallel", "overlap", "pipeline", "microbatches", "chunks", "recompute", "activation_mb",
-    "collectives", "async_save", "timeout_s", "checked", "trace_steps", "accumulate", "activation_checkpointing",
+    "collectives", "async_save", "timeout_s", "checked", "trace_steps", "ranks_per_node", "accumulate",
+    "activation_checkpointing",
 )  # fmt: skip
 
 

@@ -59,8 +59,15 @@ class Watchdog:
         self._events += 1
 
     def ended(self, call: Call) -> None:
-        self._open.pop(id(call), None)
+        if call.over:
+            self._open.pop(id(call), None)
         self._events += 1
+
+    def _sweep(self) -> None:
+        """Calls that were waited for before they were over, as those of NCCL are."""
+        for key, call in list(self._open.items()):
+            if call.over and self._open.pop(key, None) is not None:
+                self._events += 1
 
     def __enter__(self) -> "Watchdog":
         self.start()
@@ -103,6 +110,7 @@ class Watchdog:
                 text = f"rank {self.rank} was told to end by {signal.Signals(number).name}"
                 self._finish(Error("bug", text, 128 + number))
             try:
+                self._sweep()
                 self.board.post(f"beat-{self.rank}", str(self._quiet.ticks))
                 alarm = self.board.read("alarm") or self._quiet.trouble()
                 lost = None

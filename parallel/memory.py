@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 from common.cli import parse, run
 from minigpt.config import GPTConfig
 from parallel.model import split_layers, whole_shapes
+from parallel.schedules import peaks
 
 Policy = Literal["none", "selective", "full"]
 POLICIES: tuple[Policy, ...] = ("none", "selective", "full")
@@ -35,6 +36,7 @@ class Plan:
     rows: int = 1  # of one micro-batch
     T: int = 1024
     micro_batches: int = 1
+    pipeline: str = "1f1b"
     number: int = 4
     master: int = 4
     optimizer: Literal["adamw", "muon"] = "adamw"
@@ -186,7 +188,7 @@ def head_activations(config: GPTConfig, plan: Plan) -> int:
 def activations(
     config: GPTConfig, plan: Plan, policy: Policy = "none", stage: int = 0, recomputed: int | None = None
 ) -> int:
-    """Bytes of a rank at its worst moment: so many micro-batches are between their passes as 1F1B has on this stage.
+    """Bytes of a rank at its worst moment: so many micro-batches are between their passes as the schedule has there.
 
     `recomputed` blocks (default: all) follow the policy, the others keep everything; while one of them is computed
     again, all that it would keep is there for a moment.
@@ -198,7 +200,7 @@ def activations(
     if stage == plan.pp - 1:
         held += head_activations(config, plan)
     again = whole if policy != "none" and recomputed else 0
-    return min(plan.micro_batches, plan.pp - stage) * held + again
+    return peaks(plan.pipeline, plan.pp, plan.micro_batches)[stage] * held + again
 
 
 class LiveBytes(TorchDispatchMode):

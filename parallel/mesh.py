@@ -8,6 +8,7 @@ The last axis varies fastest: the ranks of a tp group are neighbours, on one mac
 most. One process without torch.distributed is a mesh too. Refused: a world size that is not the product of the axes.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import product
 from math import prod
@@ -58,6 +59,7 @@ class Group:
     ranks: tuple[int, ...]  # in the world
     rank: int  # this process's place in `ranks`
     process_group: dist.ProcessGroup | None = None
+    name: str = ""  # of a group that is no slice of the mesh along axes
 
     @property
     def size(self) -> int:
@@ -66,6 +68,8 @@ class Group:
     @property
     def label(self) -> str:
         """`tp`, `dp+fsdp`; `world` for all axes."""
+        if self.name:
+            return self.name
         return "world" if self.axes == AXES else "+".join(self.axes) or "self"
 
 
@@ -96,19 +100,17 @@ class Mesh:
     def group(self, *axes: str) -> Group:
         axes = self._checked(axes)
         if axes not in self._groups:
-            self._groups[axes] = self._make(axes)
+            self._groups[axes] = self.make(self.lines(*axes), axes)
         return self._groups[axes]
 
-    def _make(self, axes: tuple[str, ...]) -> Group:
-        lines = self.lines(*axes)
-        mine = next(line for line in lines if self.rank in line)
-        process_group = None
-        if len(mine) > 1:
-            for line in lines:
-                made = dist.new_group(list(line))
-                if line == mine:
-                    process_group = made
-        return Group(axes, mine, mine.index(self.rank), process_group)
+    def make(self, lines: Sequence[tuple[int, ...]], axes: tuple[str, ...], name: str = "") -> Group | None:
+        """The one of these groups of ranks in which this rank is, if any is; all ranks make them together."""
+        mine = None
+        for line in lines:
+            process_group = dist.new_group(list(line)) if len(line) > 1 else None
+            if self.rank in line:
+                mine = Group(axes, tuple(line), line.index(self.rank), process_group, name)
+        return mine
 
     def lines(self, *axes: str) -> list[tuple[int, ...]]:
         """The ranks of every group along these axes."""

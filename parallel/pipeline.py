@@ -12,7 +12,6 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
@@ -21,7 +20,7 @@ from minigpt.config import GPTConfig
 from parallel import deferred, schedules
 from parallel.comm import Comm, Kind, Listener, Work, make_comm
 from parallel.draw import main
-from parallel.mesh import Group, Mesh
+from parallel.mesh import Mesh
 from parallel.model import StageGPT, split_layers
 from parallel.schedules import Instruction, early_receives, room_for, target_of, with_communication
 
@@ -254,7 +253,7 @@ def make_back(mesh: Mesh, kind: Kind = "torch", listeners: Sequence[Listener] = 
     first = mesh.group("pp")
     if first.size == 1:
         return make_comm(first, kind, listeners, **options)
-    return make_comm(_new_group(mesh.rank, mesh.lines("pp")), kind, listeners, **options)
+    return make_comm(mesh.make(mesh.lines("pp"), ("pp",), "pp-back"), kind, listeners, **options)
 
 
 def tied_groups(
@@ -267,18 +266,8 @@ def tied_groups(
     """
     if not config.tied or mesh.size("pp") == 1:
         return {}
-    group = _new_group(mesh.rank, [(line[0], line[-1]) for line in mesh.lines("pp")])
+    group = mesh.make([(line[0], line[-1]) for line in mesh.lines("pp")], ("pp",), "pp-ends")
     return {} if group is None else {"embedding.weight": make_comm(group, kind, listeners, **options)}
-
-
-def _new_group(rank: int, lines: Sequence[tuple[int, ...]]) -> Group | None:
-    """The one of these groups in which the rank is. torch wants every rank to make all of them, in the same order."""
-    mine = None
-    for line in lines:
-        process_group = dist.new_group(list(line))
-        if rank in line:
-            mine = Group(("pp",), tuple(line), line.index(rank), process_group)
-    return mine
 
 
 if __name__ == "__main__":

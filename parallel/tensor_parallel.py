@@ -11,14 +11,13 @@ Shapes: B batch, T time, C width, W ranks.
 from collections.abc import Callable
 from dataclasses import replace
 
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from minigpt.config import GPTConfig
 from minigpt.model import MLP, Attention
 from parallel.comm import Comm, make_comm
 from parallel.deferred import DeferrableLinear
-from parallel.mesh import Group, Mesh
+from parallel.mesh import Mesh
 from parallel.model import StageGPT
 from parallel.pieces import Piece, piece_of
 from parallel.tensor_linear import ColumnLinear, RowLinear, part, project
@@ -59,7 +58,7 @@ def parallelise(
             raise ValueError(f"{name} is a {type(layer).__name__}: expected torch's Linear")
     if comm.size == 1:
         return {}
-    shared_heads = _shared_heads(stage.config, mesh, comm)
+    shared_heads = _shared_heads(stage, mesh, comm)
     region = Region(comm, sequence_parallel, overlap, keep_products)
     before = set(stage.parameters())
     for block in stage.blocks.values():
@@ -122,19 +121,13 @@ class ParallelMLP(MLP):
         return project(x_BTC, *([self.up, self.gate] if self.config.mlp == "swiglu" else [self.up]))
 
 
-def _shared_heads(config: GPTConfig, mesh: Mesh, comm: Comm) -> Comm | None:
+def _shared_heads(stage: StageGPT, mesh: Mesh, comm: Comm) -> Comm | None:
     """The tp ranks that have the same key/value head as this one, where there are fewer heads than ranks; else None."""
-    sharing = comm.size // config.kv_heads
+    sharing = comm.size // stage.config.kv_heads
     if sharing <= 1:
         return None
-    mine = None
-    for line in mesh.lines("tp"):
-        for start in range(0, len(line), sharing):
-            ranks = line[start : start + sharing]
-            process_group = dist.new_group(list(ranks))
-            if mesh.rank in ranks:
-                mine = Group(("tp",), ranks, ranks.index(mesh.rank), process_group)
-    return make_comm(mine, comm.kind, comm.listeners)
+    lines = [line[start : start + sharing] for line in mesh.lines("tp") for start in range(0, len(line), sharing)]
+    return make_comm(mesh.make(lines, ("tp",), f"kv-heads-{stage.layers[0]}"), comm.kind, comm.listeners)
 
 
 def _replace_ends(stage: StageGPT, region: Region) -> None:

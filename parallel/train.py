@@ -5,8 +5,12 @@ other layout (`--resume`), also in one process without torchrun. Refused: a worl
 axes, and what minigpt.train and parallel/config.py refuse.
 """
 
+import argparse
+import sys
 from collections.abc import Sequence
 from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,12 +25,14 @@ from minigpt.train import refuse_existing, run_steps
 from minigpt.train_config import TrainConfig
 from parallel.assembly import Assembly
 from parallel.checkpoint_reader import stored_config
+from parallel.checkpoint_writer import checkpoint_folders
 from parallel.comm import Listener
 from parallel.config import PRESETS, ParallelConfig
 from parallel.counters import OURS, TORCH
 from parallel.debug import Watchdog
 from parallel.desync import DesyncDetector
 from parallel.errors import run_ranks
+from parallel.mesh import Mesh
 from parallel.trace import Tracer
 from parallel.trainer import ParallelTrainer
 
@@ -40,8 +46,13 @@ def train(
     Raises ValueError or UserError for what the user can mend, on every rank and before anything is written;
     KeyboardInterrupt after Ctrl-C, once the checkpoint is saved.
     """
+    Mesh(config.layout, world.rank, world.world_size)  # refuses a world of another size, before any work
     if not config.resume:
         refuse_existing(config.folder)
+        # The save of step 0 alone is what a kill at the very beginning leaves.
+        if any(path.name > "step_00000000" for path in checkpoint_folders(config.folder)):
+            raise ValueError(f"{config.folder} already holds checkpoints: continue with --resume, or choose another "
+                             f"--folder")  # fmt: skip
     data = load_data(config.corpus, config.tokenizer, endpoint=endpoint_from_env())
     check_length(data.train, config.context)
     formula = {"torch": TORCH, "ours": OURS}[config.collectives]
@@ -60,8 +71,10 @@ def train(
     try:
         if trainer.step < config.steps:
             run_steps(trainer, notes)
-    finally:
+    except KeyboardInterrupt:
         trainer.finish_saving()
+        raise
+    trainer.finish_saving()  # after another error nobody waits: a save that is torn by it is never chosen
     if tracer is not None:
         tracer.save()
     if world.rank == 0 and not (config.folder / PICTURE).exists():
@@ -71,15 +84,27 @@ def train(
 
 def configured(argv: list[str] | None = None) -> ParallelConfig:
     """The config of a command line. With --resume it is the stored one, on the layout that the command line gives."""
-    config, explicit = cli.parse_explicit(
-        ParallelConfig, argv, presets=PRESETS, default_preset="laptop", prog=cli.program(),
+    argv = sys.argv[1:] if argv is None else argv
+    stored = _stored(argv)
+    presets = PRESETS | {"laptop": replace(PRESETS["laptop"], **stored)}  # before the flags: they must fit the run
+    return cli.parse(
+        ParallelConfig, argv, presets=presets, default_preset="laptop", prog=cli.program(),
         description="train a GPT on many ranks",
     )  # fmt: skip
-    if not config.resume or "preset" in explicit:
-        return config
-    stored = stored_config(config.folder)
-    asked = {f.name for f in fields(TrainConfig)} - {"folder", "resume", "accumulate", *explicit}
-    return replace(config, **{name: stored[name] for name in asked})
+
+
+def _stored(argv: list[str]) -> dict[str, Any]:
+    """What a run that goes on has decided already; nothing without --resume, or where a preset is to be compared."""
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--resume", action="store_true")
+    early.add_argument("--folder", type=Path, default=PRESETS["laptop"].folder)
+    early.add_argument("--preset")
+    known = early.parse_known_args(argv)[0]
+    if not known.resume or known.preset is not None:
+        return {}
+    decided = {f.name for f in fields(TrainConfig)} - {"folder", "resume", "accumulate", "activation_checkpointing"}
+    stored = stored_config(known.folder)
+    return {name: stored[name] for name in decided}
 
 
 def main(config: ParallelConfig, watchdog: Watchdog) -> None:

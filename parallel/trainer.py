@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,6 +49,9 @@ class ParallelTrainer:
         parameters = assembly.strategy.parameters()
         self.average = {name: p.detach().clone() for name, p in parameters.items()} if config.ema else {}
         self.windows = held_out_windows(data.held_out.size, config.context, config.eval_stride)
+        if config.sequence_parallel and (length := self.windows[0][1]) % config.tp:
+            raise ValueError(f"the held-out text gives windows of {length} tokens, over tp {config.tp}: sequence "
+                             f"parallelism wants whole parts; give more text or a smaller context")  # fmt: skip
         self.byte_lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
         self.pending: Pending | None = None
         self.step, self.saved_step, self.seconds, self.bits_per_byte = 0, 0, 0.0, math.nan
@@ -117,9 +121,10 @@ class ParallelTrainer:
         """After the last step bits per byte of all held-out text, before it a look at some windows. Ranks share."""
         final = self.step == self.config.steps
         windows = self.windows if final else spread(self.windows, self.config.eval_windows)
+        logits = partial(self.assembly.logits, separator=self.options.get("separator"))
         with self.averaged():
             totals = score(
-                self.assembly.logits, self.data.held_out, self.data.byte_lengths, self._share(windows),
+                logits, self.data.held_out, self.data.byte_lengths, self._share(windows),
                 rows=self._in_parts(16), device=self.world.device, dtype=self.assembly.dtype,
             )  # fmt: skip
         value = to_bits_per_byte(self.assembly.total(totals))

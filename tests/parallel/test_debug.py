@@ -165,11 +165,11 @@ def desync_cases(rank, world_size, folder):
             told[name] = None
         except DesyncError as error:
             told[name] = str(error)
-        assert time.monotonic() - began < 20
+        assert time.monotonic() - began < 40
         dist.barrier()  # also proves that no collective was left half done
 
     def equal(comms):
-        for _ in range(20):
+        for _ in range(5):
             comms["all"].all_reduce(torch.ones(4), tag=f"tags may differ: {rank}")
             work = comms["tp"].all_gather(torch.ones(2), torch.empty(4), async_=True)
             sent, received = ([1, 2], [1, 3]) if rank % 2 == 0 else ([3, 1], [2, 1])
