@@ -69,9 +69,11 @@ def test_one_process_is_stage_2(config, document_mask):
     documents = config.folder.with_name("documents")
     documents.mkdir()
     text = Path(config.corpus).read_text()
-    for start in range(0, len(text), 700):
-        (documents / f"{start}.py").write_text(text[start : start + 700])
-    config = replace(config, corpus=str(documents), document_mask=document_mask, learning_rate=0.02, steps=16, eps=1e-4)
+    for start in range(0, len(text), 100):
+        (documents / f"{start}.py").write_text(text[start : start + 100])
+    config = replace(
+        config, corpus=str(documents), document_mask=document_mask, learning_rate=0.02, steps=30, warmup=1, eps=1e-4
+    )
     shared = {name: getattr(config, name) for name in TrainConfig.__dataclass_fields__}
     single = TrainConfig(**shared | {"folder": config.folder.with_name("stage2")})
     train_one(single)
