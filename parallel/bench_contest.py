@@ -59,16 +59,17 @@ class Workload:
         return replace(self, config=replace(self.config, **changes))
 
 
+MICROBATCHES = 4  # of the pipelines
 PLAIN = {
     "mlp": "relu2", "qk_norm": False, "softcap": 0.0, "value_embeddings": False, "optimizer": "adamw",
     "learning_rate": 1e-4, "embedding_lr": 0.0, "head_lr": 0.0, "gain_lr": 0.0, "clip": 0.0, "device": "cpu",
     "dtype": "float32", "eval_stride": 1,
 }  # fmt: skip
 WORKLOAD = Workload(ParallelConfig(
-    layers=4, width=256, heads=4, kv_heads=4, mlp_width=1024, context=128, batch=8, microbatches=4, **PLAIN
+    layers=4, width=256, heads=4, kv_heads=4, mlp_width=1024, context=128, batch=8, **PLAIN
 ))  # fmt: skip
 QUICK = Workload(ParallelConfig(
-    layers=4, width=32, heads=4, kv_heads=4, mlp_width=64, context=16, batch=8, microbatches=4, **PLAIN
+    layers=4, width=32, heads=4, kv_heads=4, mlp_width=64, context=16, batch=8, **PLAIN
 ), vocabulary=64)  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from parallel import bench_peers as peers
 from parallel.assembly import Assembly
-from parallel.bench_contest import Contestant, Workload, check, one_process, world_of
+from parallel.bench_contest import MICROBATCHES, Contestant, Workload, check, one_process, world_of
 from parallel.bench_rounds import alternate, ratio
 
 
@@ -116,11 +116,14 @@ GROUPS: dict[str, list[Entry]] = {
               of_activations(1.5)),
     ],
     "pipeline": [
-        Entry("ours, 1f1b", ours("pp", pipeline="1f1b"), of_boundaries, "torch Schedule1F1B"),
+        Entry("ours, 1f1b", ours("pp", pipeline="1f1b", microbatches=MICROBATCHES), of_boundaries,
+              "torch Schedule1F1B"),
         Entry("torch Schedule1F1B", torchs(peers.pipeline, schedule="1f1b"), of_boundaries),
-        Entry("ours, gpipe", ours("pp", pipeline="gpipe"), of_boundaries, "torch ScheduleGPipe"),
+        Entry("ours, gpipe", ours("pp", pipeline="gpipe", microbatches=MICROBATCHES), of_boundaries,
+              "torch ScheduleGPipe"),
         Entry("torch ScheduleGPipe", torchs(peers.pipeline, schedule="gpipe"), of_boundaries),
-        Entry("ours, zb-h1", ours("pp", pipeline="zb-h1"), of_boundaries, "torch Schedule1F1B"),
+        Entry("ours, zb-h1", ours("pp", pipeline="zb-h1", microbatches=MICROBATCHES), of_boundaries,
+              "torch Schedule1F1B"),
     ],
 }  # fmt: skip
 

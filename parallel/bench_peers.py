@@ -25,7 +25,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 from minigpt.model import mean_cross_entropy
-from parallel.bench_contest import Contestant, Rows, Workload, backward, with_optimizer
+from parallel.bench_contest import MICROBATCHES, Contestant, Rows, Workload, backward, with_optimizer
 from parallel.model import StageGPT, materialise, split_layers
 
 
@@ -117,7 +117,7 @@ def pipeline(workload: Workload, schedule: str) -> Contestant:
     materialise(stage)
     stage.load_state_dict({name: x for name, x in workload.values().items() if name in stage.state_dict()})
     runner = PIPELINES[schedule](
-        PipelineStage(_Stage(stage), rank, ranks, torch.device("cpu")), workload.config.microbatches,
+        PipelineStage(_Stage(stage), rank, ranks, torch.device("cpu")), MICROBATCHES,
         loss_fn=mean_cross_entropy,
     )  # fmt: skip
     tokens_BT, targets_BT = workload.rows()
