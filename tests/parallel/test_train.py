@@ -136,6 +136,12 @@ def test_a_folder_of_checkpoints_alone_is_a_run_too(config):
     assert len(list((config.folder / "sharded").glob("step_*"))) == 2
 
 
+def test_a_layout_of_several_ranks_without_torchrun(config):
+    with pytest.raises(ValueError, match="layout tp 2: .* but there are 1: start as many"):
+        run(0, 1, replace(config, tp=2))
+    assert not config.folder.exists()
+
+
 def test_what_decides_a_resumed_run_is_stored(config):
     """The layout of the command line has to fit the stored model, not the preset's."""
     run(0, 1, replace(config, steps=1, layers=6, batch=12, muon_lr=0.5))
