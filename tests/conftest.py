@@ -1,10 +1,15 @@
-"""A small real text for the tests: two modules of the standard library in one file."""
+"""A small real text for the tests, two modules of the standard library in one file; and what spawned ranks import."""
 
 import argparse
 import textwrap
 from pathlib import Path
 
 import pytest
+
+from common import dist
+
+# What ranks import, once in the server that forks them instead of in each.
+dist.PRELOAD += ["pytest", "parallel.assembly", "parallel.checkpoint"]
 
 
 @pytest.fixture(scope="session")
