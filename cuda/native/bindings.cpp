@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "matmul/matmul.h"
+#include "native/operation.h"
 #include NATIVE_DEVICE
 
 namespace matmul {
@@ -130,12 +131,8 @@ matmul::Activation activation_of(const std::string& word) {
   throw std::invalid_argument("activation '" + word + "': expected one of none, gelu, swiglu");
 }
 
-const char* name_of(DataType type) {
-  return type == DataType::f32 ? "float32" : type == DataType::bf16 ? "bfloat16" : "float16";
-}
-
 void expect_type(const Array& x, DataType type) {
-  if (x.type != type) x.refuse(std::string("is ") + name_of(x.type) + ": expected " + name_of(type));
+  if (x.type != type) x.refuse(std::string("is ") + native::name_of(x.type) + ": expected " + native::name_of(type));
 }
 
 // What is not given has matmul.h's default.
@@ -243,10 +240,55 @@ py::list steps() {
   return all;
 }
 
+// Arrays and numbers by name, for an operation that some source has registered; None counts as not given.
+void run_operation(const std::string& name, const py::kwargs& given) {
+  const auto found = native::operations().find(name);
+  if (found == native::operations().end())
+    throw std::invalid_argument("operation '" + name + "': this module has no such operation");
+  native::require_device();
+  native::Arguments arguments;
+  std::vector<Array> owners;  // keep the memory alive
+  const auto add = [&](const std::string& key, const py::object& value) {
+    owners.emplace_back(key.c_str(), value, native::device_type, false, true);
+    arguments.arrays[key].push_back(owners.back());
+  };
+  for (const auto& [key_object, value] : given) {
+    const auto key = key_object.cast<std::string>();
+    if (value.is_none()) continue;
+    if (key == "stream") arguments.stream = reinterpret_cast<void*>(value.cast<uintptr_t>());
+    else if (py::isinstance<py::str>(value)) arguments.words[key] = value.cast<std::string>();
+    else if (py::isinstance<py::bool_>(value) || py::isinstance<py::int_>(value) || py::isinstance<py::float_>(value))
+      arguments.numbers[key] = value.cast<double>();
+    else if (py::isinstance<py::list>(value) || py::isinstance<py::tuple>(value)) {
+      arguments.arrays[key];
+      for (const auto& one : value) add(key, py::reinterpret_borrow<py::object>(one));
+    } else add(key, py::reinterpret_borrow<py::object>(value));
+  }
+  for (const Array& x : owners)
+    if (x.device != owners[0].device)
+      x.refuse("is on device " + std::to_string(x.device) + ", " + owners[0].name + " on " +
+               std::to_string(owners[0].device) + ": expected one device");
+  py::gil_scoped_release release;
+  std::vector<const native::View*> views;
+  for (const Array& x : owners) views.push_back(&x);
+  native::Running running(views);
+  found->second(arguments);
+}
+
+py::list operation_names() {
+  py::list all;
+  for (const auto& [name, run] : native::operations()) all.append(name);
+  return all;
+}
+
 void bind(py::module_& module) {
   module.doc() = "Handwritten CUDA kernels; cuda.ops is the way to them.";
   module.attr("device") = native::device_name;
   native::bind_device(module);
+  module.def("run", &run_operation, py::arg("operation"),
+             "run(operation, **arguments): arrays, lists of arrays, numbers and words by name; see native/operation.h. "
+             "stream: a cudaStream_t as a number. Raises ValueError for what cannot be, before anything runs.");
+  module.def("operations", &operation_names, "what `run` knows in this module");
   module.def("steps", &steps, "dicts: number, name, dtypes, whether TMA must describe the operands, whether it takes tilings");
   module.def("matmul", &run_matmul, py::arg("step"), py::arg("a"), py::arg("b"), py::arg("d"), py::kw_only(),
              py::arg("c") = py::none(), py::arg("bias") = py::none(), py::arg("alpha") = 1.f, py::arg("beta") = 0.f,

@@ -5,10 +5,9 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 
-#include "simt/types.h"
+#include "native/view.h"
 
 namespace native {
 
@@ -60,17 +59,12 @@ inline py::object capsule_of(const py::object& object, int device_type) {
 
 }  // namespace dlpack
 
-struct Array {
-  std::string name;
-  char* data = nullptr;
-  simt::DataType type = simt::DataType::f32;
-  int device = 0, rank = 0;
-  int64_t size[3] = {}, stride[3] = {};  // in elements
+struct Array : View {
   py::object capsule;
 
-  [[noreturn]] void refuse(const std::string& why) const { throw std::invalid_argument(name + ": " + why); }
-
-  Array(const char* name, const py::object& object, int device_type, bool written) : name(name) {
+  // `integers`: int32, int64 and bytes are welcome too.
+  Array(const char* name, const py::object& object, int device_type, bool written, bool integers = false) {
+    this->name = name;
     if (!py::hasattr(object, "__dlpack__"))
       refuse("expected a torch tensor or a numpy array, got " + std::string(py::str(py::type::of(object))));
     try {
@@ -83,41 +77,36 @@ struct Array {
     if (PyCapsule_IsValid(capsule.ptr(), "dltensor_versioned")) {
       const auto* managed = static_cast<dlpack::Versioned*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor_versioned"));
       if (managed->major != 1) refuse("has DLPack version " + std::to_string(managed->major) + ": expected 1");
-      if (written && managed->flags & 1) refuse("is read-only: expected memory that can be written");
+      read_only = managed->flags & 1;
+      if (written) expect_writable();
       tensor = managed->tensor;
     } else if (PyCapsule_IsValid(capsule.ptr(), "dltensor")) {
       tensor = static_cast<dlpack::Managed*>(PyCapsule_GetPointer(capsule.ptr(), "dltensor"))->tensor;
     } else {
       refuse("its __dlpack__ gave no DLPack capsule");
     }
-    take(tensor, device_type);
+    take(tensor, device_type, integers);
   }
-
-  int64_t bytes() const {  // from the first to the last element
-    int64_t last = 0;
-    for (int i = 0; i < rank; ++i) {
-      if (size[i] == 0) return 0;
-      last += (size[i] - 1) * stride[i];
-    }
-    return (last + 1) * simt::size_of(type);
-  }
-
-  std::string shape() const { return tuple(size); }
-  std::string strides() const { return tuple(stride); }
 
  private:
-  void take(const dlpack::Tensor& tensor, int device_type) {
+  void take(const dlpack::Tensor& tensor, int device_type, bool integers) {
     const bool host = tensor.device.type == 1 || tensor.device.type == 3;  // 3: page-locked
     if (device_type == 1 ? !host : tensor.device.type != device_type)
       refuse(device_type == 1 ? "is not in the CPU's memory: this module is the CPU model, call .cpu()"
                               : "is not on a CUDA device: this module runs on GPUs, call .cuda()");
     const int code = tensor.type.code, bits = tensor.type.bits;
-    if (tensor.type.lanes == 1 && code == 2 && bits == 32) type = simt::DataType::f32;
-    else if (tensor.type.lanes == 1 && code == 2 && bits == 16) type = simt::DataType::f16;
-    else if (tensor.type.lanes == 1 && (code == 4 || code == 1) && bits == 16) type = simt::DataType::bf16;
+    const bool whole = integers && tensor.type.lanes == 1;
+    if (tensor.type.lanes == 1 && code == 2 && bits == 32) type = DataType::f32;
+    else if (tensor.type.lanes == 1 && code == 2 && bits == 16) type = DataType::f16;
+    else if (tensor.type.lanes == 1 && (code == 4 || code == 1) && bits == 16) type = DataType::bf16;
+    else if (whole && code == 0 && bits == 32) type = DataType::i32;
+    else if (whole && code == 0 && bits == 64) type = DataType::i64;
+    else if (whole && (code == 1 || code == 6) && bits == 8) type = DataType::u8;
     else refuse("expected float32, float16 or bfloat16 (numpy: its bits as uint16), got another type of " +
                 std::to_string(bits) + " bits");
-    if (tensor.rank > 3) refuse("expected at most 3 dimensions, got " + std::to_string(tensor.rank));
+    const int most = integers ? most_dimensions : 3;
+    if (tensor.rank > most)
+      refuse("expected at most " + std::to_string(most) + " dimensions, got " + std::to_string(tensor.rank));
     device = tensor.device.id;
     rank = tensor.rank;
     int64_t next = 1;
@@ -130,12 +119,6 @@ struct Array {
     if (reinterpret_cast<uintptr_t>(data) % simt::size_of(type))
       refuse("is misaligned: expected an address that is a multiple of " + std::to_string(simt::size_of(type)) +
              ", copy it");
-  }
-
-  std::string tuple(const int64_t* values) const {
-    std::string text = "(";
-    for (int i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-    return text + (rank == 1 ? ",)" : ")");
   }
 };
 

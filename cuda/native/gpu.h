@@ -2,6 +2,8 @@
 #pragma once
 #include <cuda_runtime_api.h>
 
+#include <vector>
+
 #include "dlpack.h"
 
 namespace native {
@@ -22,9 +24,9 @@ inline void require_device() {
 // While this lives the arrays' GPU is the current one.
 class Running {
  public:
-  explicit Running(std::initializer_list<const Array*> arrays) {
+  explicit Running(const std::vector<const View*>& arrays) {
     if (cudaGetDevice(&before_) != cudaSuccess) before_ = 0;
-    for (const Array* array : arrays)
+    for (const View* array : arrays)
       if (array && array->device != before_) {
         cudaSetDevice(array->device);
         break;

@@ -2,6 +2,7 @@
 #pragma once
 #include <array>
 #include <mutex>
+#include <vector>
 
 #include "dlpack.h"
 #include "simt/cpu/model.h"
@@ -18,8 +19,8 @@ inline void require_device() {}
 // While this lives the kernels may touch these arrays and nothing else. Made without the GIL: calls take turns.
 class Running {
  public:
-  explicit Running(std::initializer_list<const Array*> arrays) : lock_(mutex()) {
-    for (const Array* array : arrays)
+  explicit Running(const std::vector<const View*>& arrays) : lock_(mutex()) {
+    for (const View* array : arrays)
       if (array) simt::register_buffer(array->data, size_t(array->bytes()), array->name.c_str());
   }
   ~Running() { simt::unregister_buffers(); }

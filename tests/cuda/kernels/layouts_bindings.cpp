@@ -31,7 +31,7 @@ Array image_of(const py::object& object, int64_t blocks = 1) {
 struct Running {
   py::gil_scoped_release release;
   native::Running running;
-  explicit Running(std::initializer_list<const Array*> arrays) : running(arrays) {}
+  explicit Running(std::initializer_list<const Array*> arrays) : running({arrays.begin(), arrays.end()}) {}
 };
 template <class T>
 T* words(const Array& array) { return reinterpret_cast<T*>(array.data); }
