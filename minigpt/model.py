@@ -2,7 +2,7 @@
 
 One definition: by its config it is GPT-2 (learned positions, LayerNorm, biases, GELU), Llama (rotary, RMSNorm, SwiGLU,
 grouped heads), Qwen3 (QK-norm, heads wider than width / heads) or our own (ReLU², soft-cap, untied zero head).
-Attention, linear and norm layers are constructor arguments, so that later stages can put theirs in.
+Layers and the functions between them are constructor arguments, so that later stages can put theirs in.
 Refused: a sequence longer than the context, more tokens than the cache has room for.
 
 Shapes: B batch, T time, S keys in sight, C width, H query heads, G key/value heads, K head width, F MLP width,
@@ -11,6 +11,7 @@ V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -95,20 +96,42 @@ class RMSNorm(nn.RMSNorm):
 NORMS = {"rmsnorm": RMSNorm, "layernorm": nn.LayerNorm}
 
 
+def activate(kind: str, h_BTF: Tensor, gate_BTF: Tensor | None = None) -> Tensor:
+    """Between the two matrices of an MLP; `kind` is GPTConfig.mlp, of which "swiglu" has a gate."""
+    if kind == "swiglu":
+        return F.silu(gate_BTF) * h_BTF
+    if kind == "relu2":
+        r_BTF = F.relu(h_BTF)
+        return r_BTF * r_BTF
+    return F.gelu(h_BTF, approximate="tanh" if kind == "gelu_tanh" else "none")
+
+
+class Parts(NamedTuple):
+    """What a GPT is made of; see there."""
+
+    attention_fn: Callable = causal_attention
+    linear_cls: Callable = nn.Linear
+    norm_cls: Callable = RMSNorm
+    embedding_cls: Callable = nn.Embedding
+    rotary_fn: Callable = rotate
+    activation_fn: Callable = activate
+
+
 class Attention(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int, attention_fn: Callable, linear_cls: Callable, norm_cls: Callable):
+    def __init__(self, config: GPTConfig, layer: int, parts: Parts):
         super().__init__()
-        self.config, self.layer, self.attention_fn = config, layer, attention_fn
+        self.config, self.layer = config, layer
+        self.attention_fn, self.rotary_fn, linear_cls = parts.attention_fn, parts.rotary_fn, parts.linear_cls
         inner_width, kv_width = config.heads * config.key_width, config.kv_heads * config.key_width
         self.query = linear_cls(config.width, inner_width, bias=config.qkv_bias)
         self.key = linear_cls(config.width, kv_width, bias=config.qkv_bias)
         self.value = linear_cls(config.width, kv_width, bias=config.qkv_bias)
         self.output = linear_cls(inner_width, config.width, bias=config.output_bias)
         if config.qk_norm:
-            self.query_norm = norm_cls(config.key_width, eps=config.norm_eps)
-            self.key_norm = norm_cls(config.key_width, eps=config.norm_eps)
+            self.query_norm = parts.norm_cls(config.key_width, eps=config.norm_eps)
+            self.key_norm = parts.norm_cls(config.key_width, eps=config.norm_eps)
         if config.has_value_embedding(layer):
-            self.value_embedding = nn.Embedding(config.vocab_size, kv_width)
+            self.value_embedding = parts.embedding_cls(config.vocab_size, kv_width)
 
     def forward(self, x_BTC: Tensor, sight: "Sight") -> Tensor:
         B, T, _ = x_BTC.shape
@@ -123,7 +146,7 @@ class Attention(nn.Module):
             q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
         if self.config.positions == "rotary":
             cos_sin = [table.to(q_BHTK.dtype) for table in sight.cos_sin]  # autocast: half the memory to move
-            q_BHTK, k_BGTK = rotate(q_BHTK, *cos_sin), rotate(k_BGTK, *cos_sin)
+            q_BHTK, k_BGTK = self.rotary_fn(q_BHTK, *cos_sin), self.rotary_fn(k_BGTK, *cos_sin)
         if sight.cache is not None:
             k_BGTK, v_BGTK = sight.cache.append(self.layer, sight.positions_BT, k_BGTK, v_BGTK)
         y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[self.config.window_of(self.layer)])
@@ -168,24 +191,16 @@ class Sight:
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPTConfig, linear_cls: Callable):
+    def __init__(self, config: GPTConfig, parts: Parts):
         super().__init__()
-        self.config = config
+        self.config, self.activation_fn, linear_cls = config, parts.activation_fn, parts.linear_cls
         self.up = linear_cls(config.width, config.mlp_width, bias=config.mlp_bias)
         if config.mlp == "swiglu":
             self.gate = linear_cls(config.width, config.mlp_width, bias=config.mlp_bias)
         self.down = linear_cls(config.mlp_width, config.width, bias=config.mlp_bias)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
-        h_BTF, *gate_BTF = self.expand(x_BTC)
-        if self.config.mlp == "swiglu":
-            h_BTF = F.silu(*gate_BTF) * h_BTF
-        elif self.config.mlp == "relu2":
-            r_BTF = F.relu(h_BTF)
-            h_BTF = r_BTF * r_BTF
-        else:
-            h_BTF = F.gelu(h_BTF, approximate="tanh" if self.config.mlp == "gelu_tanh" else "none")
-        return self.down(h_BTF)
+        return self.down(self.activation_fn(self.config.mlp, *self.expand(x_BTC)))
 
     def expand(self, x_BTC: Tensor) -> tuple[Tensor, ...]:
         """What goes up, and under SwiGLU the gate."""
@@ -193,12 +208,12 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, config: GPTConfig, layer: int, attention_fn: Callable, linear_cls: Callable, norm_cls: Callable):
+    def __init__(self, config: GPTConfig, layer: int, parts: Parts):
         super().__init__()
-        self.attention_norm = norm_cls(config.width, eps=config.norm_eps)
-        self.attention = Attention(config, layer, attention_fn, linear_cls, norm_cls)
-        self.mlp_norm = norm_cls(config.width, eps=config.norm_eps)
-        self.mlp = MLP(config, linear_cls)
+        self.attention_norm = parts.norm_cls(config.width, eps=config.norm_eps)
+        self.attention = Attention(config, layer, parts)
+        self.mlp_norm = parts.norm_cls(config.width, eps=config.norm_eps)
+        self.mlp = MLP(config, parts)
 
     def forward(self, x_BTC: Tensor, sight: Sight) -> Tensor:
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), sight)
@@ -238,10 +253,12 @@ class GPT(nn.Module):
     """The arguments stand for layers of later stages:
 
     attention_fn(q_BHTK, k_BGSK, v_BGSK, *, window=..., mask_BTS=...) -> y_BHTK is causal, see `causal_attention`; the
-    keywords are given only where the config, a cache or `separator` asks for them. linear_cls(in, out, bias=bool) and
-    norm_cls(width, eps=float) are modules with `.weight`; norm_cls None means the config's. activation_checkpointing
-    keeps only each block's input for the backward pass and computes the rest again. seed None leaves the weights
-    as the layers made them, for a model that gets its own from a file.
+    keywords are given only where the config, a cache or `separator` asks for them. linear_cls(in, out, bias=bool),
+    norm_cls(width, eps=float) and embedding_cls(numbers, width) are modules with `.weight`; norm_cls None means the
+    config's. rotary_fn and activation_fn are like `rotate` and `activate`. loss_fn(x_BTC, weight_VC, targets_BT,
+    softcap=, z_loss=) is the mean cross-entropy of hidden states, in place of `logits` and `mean_cross_entropy`.
+    activation_checkpointing keeps only each block's input for the backward pass and computes the rest again. seed None
+    leaves the weights as the layers made them, for a model that gets its own from a file.
     """
 
     def __init__(
@@ -251,18 +268,21 @@ class GPT(nn.Module):
         attention_fn: Callable = causal_attention,
         linear_cls: Callable = nn.Linear,
         norm_cls: Callable | None = None,
+        embedding_cls: Callable = nn.Embedding,
+        rotary_fn: Callable = rotate,
+        activation_fn: Callable = activate,
+        loss_fn: Callable | None = None,
         activation_checkpointing: bool = False,
         seed: int | None = 0,
     ):
         super().__init__()
         norm_cls = norm_cls or NORMS[config.norm]
-        self.config, self.activation_checkpointing = config, activation_checkpointing
-        self.embedding = nn.Embedding(config.vocab_size, config.width)
+        parts = Parts(attention_fn, linear_cls, norm_cls, embedding_cls, rotary_fn, activation_fn)
+        self.config, self.activation_checkpointing, self.loss_fn = config, activation_checkpointing, loss_fn
+        self.embedding = embedding_cls(config.vocab_size, config.width)
         if config.positions == "learned":
-            self.position_embedding = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(
-            [Block(config, layer, attention_fn, linear_cls, norm_cls) for layer in range(config.layers)]
-        )
+            self.position_embedding = embedding_cls(config.context, config.width)
+        self.blocks = nn.ModuleList([Block(config, layer, parts) for layer in range(config.layers)])
         self.norm = norm_cls(config.width, eps=config.norm_eps)
         if not config.tied:
             self.head = linear_cls(config.width, config.vocab_size, bias=False)
@@ -295,7 +315,11 @@ class GPT(nn.Module):
         With a cache the tokens follow those that it holds, which they can see, and are added to it. With a separator
         nothing sees a document other than its own.
         """
-        logits_BTV = self.logits(self.hidden(tokens_BT, cache=cache, separator=separator))
+        x_BTC = self.hidden(tokens_BT, cache=cache, separator=separator)
+        if targets_BT is not None and self.loss_fn is not None:
+            weight_VC = self.embedding.weight if self.config.tied else self.head.weight
+            return self.loss_fn(x_BTC, weight_VC, targets_BT, softcap=self.config.softcap, z_loss=z_loss)
+        logits_BTV = self.logits(x_BTC)
         return logits_BTV if targets_BT is None else mean_cross_entropy(logits_BTV, targets_BT, z_loss)
 
     def hidden(self, tokens_BT: Tensor, *, cache: KVCache | None = None, separator: int | None = None) -> Tensor:

@@ -6,6 +6,8 @@ parameters that are not matrices.
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,9 @@ POLAR_STEPS = (
 )
 
 
-def orthogonalize(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
+def orthogonalize(
+    g_NRC: Tensor, dtype: torch.dtype, multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul
+) -> Tensor:
     """N matrices with the singular vectors of g and singular values near 1: the polar factor, by Newton-Schulz steps.
 
     Matrix products only, in `dtype`; bfloat16 is enough, since the result is a direction. Returns the dtype of g.
@@ -35,9 +39,9 @@ def orthogonalize(g_NRC: Tensor, dtype: torch.dtype) -> Tensor:
     # The polynomials want the largest value below 1, and rounding in bfloat16 must not lift it above.
     x_NRC = x_NRC / (1.02 * x_NRC.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for a, b, c in POLAR_STEPS:  # sums apart from products: torch's baddbmm is three times slower on a CPU in bfloat16
-        s_NRR = x_NRC @ x_NRC.mT
-        p_NRR = b * s_NRR + c * (s_NRR @ s_NRR)
-        x_NRC = a * x_NRC + p_NRR @ x_NRC
+        s_NRR = multiply(x_NRC, x_NRC.mT)
+        p_NRR = b * s_NRR + c * multiply(s_NRR, s_NRR)
+        x_NRC = a * x_NRC + multiply(p_NRR, x_NRC)
     return (x_NRC.mT if tall else x_NRC).to(g_NRC.dtype)
 
 
@@ -56,9 +60,11 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.0,
         dtype: torch.dtype = torch.bfloat16,
+        multiply: Callable[[Tensor, Tensor], Tensor] = torch.matmul,
     ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
-        self.dtype = dtype  # of the products; not among the options of a group, which a checkpoint keeps
+        # Of the products; not among the options of a group, which a checkpoint keeps.
+        self.dtype, self.multiply = dtype, multiply
         for group in self.param_groups:
             if wrong := [tuple(p.shape) for p in group["params"] if p.ndim != 2]:
                 raise ValueError(f"Muon got parameters of shape {wrong[0]}: expected matrices only")
@@ -81,7 +87,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_lerp_(buffers, gradients, 1 - momentum)
         ahead = torch._foreach_lerp(gradients, buffers, momentum)
         rows, columns = same[0].shape
-        updates = list(orthogonalize(torch.stack(ahead), self.dtype).unbind())
+        updates = list(orthogonalize(torch.stack(ahead), self.dtype, self.multiply).unbind())
         if weight_decay:
             torch._foreach_mul_(same, 1 - lr * weight_decay)
         torch._foreach_add_(same, updates, alpha=-lr * math.sqrt(max(1, rows / columns)))
@@ -104,11 +110,19 @@ def group_names(model: nn.Module) -> dict[str, list[str]]:
     return groups
 
 
+class Updates(NamedTuple):
+    """How parameters are changed; later stages put their own kernels in. Called as torch's are."""
+
+    adamw_cls: Callable[..., torch.optim.Optimizer] = partial(torch.optim.AdamW, fused=True)
+    muon_cls: Callable[..., torch.optim.Optimizer] = Muon
+    clip_grad_norm: Callable[[list[Tensor], float], Tensor] = torch.nn.utils.clip_grad_norm_
+
+
 def make_optimizers(
-    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.bfloat16
+    model: nn.Module, config: TrainConfig, dtype: torch.dtype = torch.bfloat16, updates: Updates | None = None
 ) -> list[torch.optim.Optimizer]:
     """Those of `optimizers_of`, for all trained parameters of a model."""
-    return optimizers_of(dict(model.named_parameters()), group_names(model), config, dtype)
+    return optimizers_of(dict(model.named_parameters()), group_names(model), config, dtype, updates)
 
 
 def optimizers_of(
@@ -116,7 +130,7 @@ def optimizers_of(
     names: Mapping[str, list[str]],
     config: TrainConfig,
     dtype: torch.dtype = torch.bfloat16,
-    muon_cls: Callable[..., torch.optim.Optimizer] = Muon,
+    updates: Updates | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Muon and AdamW, as far as they have something to do, for parameters in the groups of `group_names`.
 
@@ -135,10 +149,11 @@ def optimizers_of(
         muon[0] |= {"lr": config.muon_lr, "peak_lr": config.muon_lr}
     adamw = [group for group in adamw if group["params"]]
     muon = [group for group in muon if group["params"]]
+    updates = updates or Updates()
     optimizers = [
-        muon_cls(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group
+        updates.muon_cls(group, lr=config.muon_lr, momentum=config.momentum, dtype=dtype) for group in [muon] if group
     ]
     betas = (config.beta1, config.beta2)
     if adamw:
-        optimizers.append(torch.optim.AdamW(adamw, lr=config.learning_rate, betas=betas, eps=config.eps, fused=True))
+        optimizers.append(updates.adamw_cls(adamw, lr=config.learning_rate, betas=betas, eps=config.eps))
     return optimizers

@@ -29,6 +29,7 @@ from minigpt.compare import PICTURE, plot_run
 from minigpt.data import TokenData, load_data
 from minigpt.download import endpoint_from_env
 from minigpt.model import GPT
+from minigpt.optim import Updates
 from minigpt.train_config import PRESETS, TrainConfig
 from minigpt.trainer import GradSync, Trainer
 
@@ -55,12 +56,14 @@ def train(
     build: Callable[..., GPT] = GPT,
     world: World | None = None,
     grad_sync: GradSync | None = None,
+    updates: Updates | None = None,
 ) -> Result:
     """Runs config.steps steps, or those that are left when config.resume; all ranks of `world` call it alike.
 
     `build(model_config, seed=..., activation_checkpointing=...)` makes the model. With several ranks `grad_sync`
-    averages over them; rank 0 writes. Raises ValueError or UserError for what the user can mend, before anything is
-    written; KeyboardInterrupt after Ctrl-C, once the checkpoint is saved.
+    averages over them; rank 0 writes. `updates`: other optimizers and clipping than torch's. Raises ValueError or
+    UserError for what the user can mend, before anything is written; KeyboardInterrupt after Ctrl-C, once the
+    checkpoint is saved.
     """
     world = init_from_env(None if config.device == "auto" else config.device) if world is None else world
     if config.batch % (world.world_size * config.accumulate):
@@ -79,7 +82,7 @@ def train(
         seed=config.seed,
         activation_checkpointing=config.activation_checkpointing,
     )
-    trainer = Trainer(config, model, data, world, grad_sync)
+    trainer = Trainer(config, model, data, world, grad_sync, updates)
     place = ", ".join(f"{name} {value}" for name, value in trainer.machine().items())
     notes = [data.describe(), f"model: {trainer.model.num_parameters():,} parameters; {place}"]
     if config.resume:

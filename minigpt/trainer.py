@@ -29,7 +29,7 @@ from minigpt.checkpoint import (
 from minigpt.data import TokenData
 from minigpt.evaluate import score, spread, to_bits_per_byte
 from minigpt.model import GPT
-from minigpt.optim import make_optimizers
+from minigpt.optim import Updates, make_optimizers
 from minigpt.train_config import TrainConfig, deciding, plain, schedule
 
 # Averages the given tensors over all ranks, in place.
@@ -54,7 +54,15 @@ def cpu_multiplies_bfloat16() -> bool:
 
 
 class Trainer:
-    def __init__(self, config: TrainConfig, model: GPT, data: TokenData, world: World, grad_sync: GradSync | None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: GPT,
+        data: TokenData,
+        world: World,
+        grad_sync: GradSync | None,
+        updates: Updates | None = None,
+    ):
         self.config, self.data, self.world, self.grad_sync = config, data, world, grad_sync
         self.model = model.to(world.device)
         self.forward = torch.compile(self.model) if config.compile else self.model
@@ -63,7 +71,8 @@ class Trainer:
             self.options["separator"] = data.tokenizer.separator
         self.parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.dtype = choose_dtype(config.dtype, world.device)
-        self.optimizers = make_optimizers(self.model, config, self.dtype)
+        self.updates = updates or Updates()
+        self.optimizers = make_optimizers(self.model, config, self.dtype, self.updates)
         self.average = [p.detach().clone() for p in self.parameters] if config.ema else []
         self.windows = held_out_windows(data.held_out.size, config.context, config.eval_stride)
         self.byte_lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
@@ -84,7 +93,7 @@ class Trainer:
             for p in self.parameters:  # what this pass did not use may have a gradient on another rank
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             self.grad_sync([*(p.grad for p in self.parameters), signals])  # the signals travel with the gradients
-        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
+        norm = self.updates.clip_grad_norm(self.parameters, self.config.clip or math.inf)
         loss_value, bytes_value, stops, norm_value = [*signals.tolist(), norm.item()]
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise self._broken(f"loss {loss_value:g} and gradient norm {norm_value:g}", self.step + 1)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from common.dist import World
 from minigpt.model import GPT
-from minigpt.optim import Muon, group_names, optimizers_of
+from minigpt.optim import Muon, Updates, group_names, optimizers_of
 from minigpt.trainer import choose_dtype
 from parallel.activation import apply_activation_policy
 from parallel.comm import Comm, Listener, make_comm
@@ -143,7 +143,7 @@ class Assembly:
         parameters = self.strategy.parameters()
         names = {kind: [name for name in names if name in parameters] for kind, names in self._groups().items()}
         muon = partial(TensorParallelMuon, comm=self.tp) if self.config.tp > 1 else Muon
-        return optimizers_of(parameters, names, self.config, dtype, muon)
+        return optimizers_of(parameters, names, self.config, dtype, Updates(muon_cls=muon))
 
     # ---- a step ----
     def gradients(self, tokens_BT: Tensor, targets_BT: Tensor, **options: Any) -> Tensor:

@@ -86,7 +86,7 @@ class ParallelAttention(Attention):
         heads, kv_heads = config.heads // comm.size, max(1, config.kv_heads // comm.size)
         K, sharing = config.key_width, max(1, comm.size // config.kv_heads)
         self.config = replace(config, heads=heads, kv_heads=kv_heads, head_width=K)
-        self.layer, self.attention_fn = whole.layer, whole.attention_fn
+        self.layer, self.attention_fn, self.rotary_fn = whole.layer, whole.attention_fn, whole.rotary_fn
         first, kv_first = comm.rank * heads * K, comm.rank // sharing * kv_heads * K
         inner, kv = (first, first + heads * K), (kv_first, kv_first + kv_heads * K)
         self.query = ColumnLinear(whole.query, inner)
@@ -111,7 +111,7 @@ class ParallelMLP(MLP):
         nn.Module.__init__(self)
         F = whole.config.mlp_width // region.comm.size
         channels = (region.comm.rank * F, (region.comm.rank + 1) * F)
-        self.config = replace(whole.config, mlp_width=F)
+        self.config, self.activation_fn = replace(whole.config, mlp_width=F), whole.activation_fn
         self.up = ColumnLinear(whole.up, channels)
         if whole.config.mlp == "swiglu":
             self.gate = ColumnLinear(whole.gate, channels)

@@ -13,6 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 
 pytest.importorskip("cuda._simt", reason="make native builds the kernels")
 
+from cuda import device as device_of
 from cuda import dispatch, modules, ops
 from tests.cuda.products import DEVICES, TOLERANCE, check, normal, reference
 
@@ -227,16 +228,16 @@ class OtherGPU:
 def test_a_gpu_that_is_no_hopper_is_told_what_runs_there(monkeypatch):
     device = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: OtherGPU(8, 6))
-    ops._gpu.cache_clear()
+    device_of.gpu.cache_clear()
     with pytest.raises(
         RuntimeError, match=r"wgmma_09 needs a Hopper GPU.*NVIDIA Test has .* 8\.6.*naive_01.*mma_sync_08$"
     ):
-        ops._device(device, "wgmma_09")
+        device_of.place(device, "wgmma_09", dispatch.WITHOUT_HOPPER)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: OtherGPU(7, 5))
-    ops._gpu.cache_clear()
+    device_of.gpu.cache_clear()
     with pytest.raises(RuntimeError, match=r"7\.5: expected 8\.0 or more"):
-        ops._device(device, None)
-    ops._gpu.cache_clear()
+        device_of.place(device)
+    device_of.gpu.cache_clear()
 
 
 # ---- the extension itself, which must not write where it should not --------------------------------------------------

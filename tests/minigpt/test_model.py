@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from minigpt.config import GPTConfig
-from minigpt.model import GPT, MLP, causal_attention, rotary_speeds, rotary_tables, rotate, short_attention
+from minigpt.model import GPT, MLP, Parts, causal_attention, rotary_speeds, rotary_tables, rotate, short_attention
 from tests.minigpt import models
 
 SMALL = {"vocab_size": 17, "context": 10, "layers": 2, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 12}
@@ -132,7 +132,7 @@ def test_a_block_is_the_same_as_torchs_modules():
 
 
 def test_swiglu_by_hand():
-    mlp = MLP(GPTConfig(**SMALL, mlp="swiglu"), nn.Linear).double()
+    mlp = MLP(GPTConfig(**SMALL, mlp="swiglu"), Parts()).double()
     x = torch.randn(2, 3, 16, dtype=torch.float64)
     gate, up = x @ mlp.gate.weight.T, x @ mlp.up.weight.T
     assert_close(mlp(x), (gate / (1 + torch.exp(-gate)) * up) @ mlp.down.weight.T)

@@ -12,7 +12,7 @@ from minigpt.optim import Muon, group_names, make_optimizers, orthogonalize
 from minigpt.train_config import PRESETS, TrainConfig, schedule
 
 
-def polar(g_NRC: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+def polar(g_NRC: torch.Tensor, *_) -> torch.Tensor:
     u, _, vh = torch.linalg.svd(g_NRC, full_matrices=False)
     return u @ vh
 

@@ -47,7 +47,7 @@ def tensors(each: Trainer, step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def test_a_step_is_torchs_optimizers_on_the_mean_loss(config, monkeypatch):
     """Three updates, spelled out with torch's plain optimizers and clipping; both with the exact polar factor."""
 
-    def polar(g, dtype=None):
+    def polar(g, *_):
         u, _, vh = torch.linalg.svd(g, full_matrices=False)
         return u @ vh
 

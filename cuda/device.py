@@ -1,0 +1,51 @@
+"""Where kernels run for tensors of a device: the extension module, the stream, and what kind of machine it is.
+
+CPU tensors go to the CPU model (cuda/_simt), CUDA tensors to the GPU on torch's current stream. Refused with a
+RuntimeError: a GPU older than capability 8.0, a step that this GPU cannot run, a module that is not built.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from types import ModuleType
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cuda import modules
+
+Kind = Literal["model", "sm_80", "sm_90"]
+
+
+class Place(NamedTuple):
+    kind: Kind
+    module: ModuleType
+    stream: int
+    multiprocessors: int
+
+    def run(self, operation: str, **arguments) -> None:
+        """An operation of native/operation.h on this stream. Tensors that need a gradient are taken as they are."""
+        detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
+        self.module.run(operation, stream=self.stream, **detached)
+
+
+def place(device: torch.device, step: str | None = None, anywhere: Sequence[str] = ()) -> Place:
+    """For a device; `step` is one of a ladder, of which those in `anywhere` need no Hopper GPU."""
+    if device.type == "cpu":
+        return Place("model", modules.load("_simt"), 0, 4)
+    major, minor, name, multiprocessors = gpu(device)
+    if (major, minor) == (9, 0):
+        return Place("sm_90", modules.load("_sm90"), torch.cuda.current_stream(device).cuda_stream, multiprocessors)
+    here = f"{name} has compute capability {major}.{minor}"
+    if major < 8:
+        raise RuntimeError(f"{here}: expected 8.0 or more; on the CPU every step runs, call .cpu()")
+    if step is not None and step not in anywhere:
+        able = ", ".join(anywhere)
+        raise RuntimeError(f"step {step} needs a Hopper GPU, capability 9.0, and {here}. What runs there: {able}")
+    return Place("sm_80", modules.load("_sm80"), torch.cuda.current_stream(device).cuda_stream, multiprocessors)
+
+
+@cache
+def gpu(device: torch.device) -> tuple[int, int, str, int]:
+    found = torch.cuda.get_device_properties(device)
+    return found.major, found.minor, found.name, found.multi_processor_count
