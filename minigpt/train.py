@@ -189,16 +189,18 @@ def interruptible() -> Iterator[Callable[[], bool]]:
 
 
 def configured(argv: list[str] | None, *, presets: dict[str, TrainConfig], default_preset: str) -> TrainConfig:
-    """The config of a command line. With --resume it is the stored one; flags beside it are kept, and then compared."""
+    """The config of a command line, of the presets' class. With --resume it is the stored one; flags beside it are
+    kept, and then compared."""
     prog, text = cli.program(), "train a GPT on a corpus"
+    config_class = type(presets[default_preset])
     config, explicit = cli.parse_explicit(
-        TrainConfig, argv, presets=presets, default_preset=default_preset, prog=prog, description=text
+        config_class, argv, presets=presets, default_preset=default_preset, prog=prog, description=text
     )
     if not config.resume or "preset" in explicit:
         return config
     stored = load_checkpoint(config.folder)[0].state["train_config"]
     given = {name: getattr(config, name) for name in explicit}
-    return replace(TrainConfig(**{**stored, **given}), folder=config.folder, resume=True)
+    return replace(config_class(**{**stored, **given}), folder=config.folder, resume=True)
 
 
 def main() -> None:

@@ -43,12 +43,13 @@ struct Problem {
   void* stream = nullptr;
 };
 
-// The backward pass: Problem holds the forward pass' inputs and results. delta_i = do_i . o_i has the layout of lse.
+// The backward pass: Problem holds the forward pass' inputs and results. delta_i = do_i . o_i - d_lse_i, laid out like lse.
 // dq is summed in float32 by those steps that cut it along the keys, into `dq_sum`, which the step zeroes itself, and
 // then converted: heads * (total_queries + 128 * batch) * K floats, in whatever order the step likes.
 struct Backward {
   Problem forward;
   Tensor d_o, dq, dk, dv;  // of the type of q
+  const float* d_lse = nullptr;  // gradient of lse, in its layout; null: zero
   float* delta;            // workspace
   float* dq_sum;           // workspace
   int32_t* turns;          // workspace, heads * (total_queries / 64 + batch) counters: whose turn it is to add to dq

@@ -173,6 +173,12 @@ void run_backward(const Arguments& given) {
   b.delta = workspace("delta", DataType::f32, int64_t(p.heads) * p.total_queries).as<float>();
   b.dq_sum = workspace("dq_sum", DataType::f32, p.heads * (p.total_queries + int64_t(128) * p.batch) * p.head_dim).as<float>();
   b.turns = workspace("turns", DataType::i32, p.heads * (p.total_queries / 64 + int64_t(p.batch))).as<int32_t>();
+  if (const View* const d_lse = given.optional("d_lse")) {
+    const View& lse = given.array("lse");
+    if (s.packed) d_lse->expect_shape({lse.size[0], lse.size[1]});
+    else d_lse->expect_shape({lse.size[0], lse.size[1], lse.size[2]});
+    b.d_lse = floats(d_lse->expect_contiguous());
+  }
   b.deterministic = given.flag("deterministic");
   const BackwardStep ladder[] = {{"recompute_01", recompute_01}, {"mma_sync_02", mma_sync_02}, {"wgmma_03", wgmma_03},
                                  {"dq_reduce_04", dq_reduce_04}, {"best_05", best_05}};

@@ -6,6 +6,7 @@
 
 #include "dlpack.h"
 #include "simt/cpu/model.h"
+#include "simt/cpu/trace.h"
 #if defined(SIMT_CHECKED)
 #include "simt/cpu/counters.h"
 #endif
@@ -61,9 +62,10 @@ class OptionsScope {
       else if (key == "async_") wanted_.async = simt::Async(choice("async_", value.cast<std::string>(), asyncs));
       else if (key == "seed") wanted_.seed = value.cast<uint64_t>();
       else if (key == "timeout_s") wanted_.timeout_s = value.cast<double>();
+      else if (key == "trace") wanted_.trace = value.cast<bool>();
       else if (key == "counters") wanted_.counters = value.cast<bool>();
       else throw std::invalid_argument("option '" + key + "': expected one of workers, multiprocessors, order, async_, "
-                                       "seed, timeout_s, counters");
+                                       "seed, timeout_s, trace, counters");
     }
     if (!(wanted_.timeout_s > 0)) throw std::invalid_argument("timeout_s: expected a number of seconds above 0");
   }
@@ -86,11 +88,17 @@ inline void bind_device(py::module_& module) {
   py::register_local_exception<simt::Error>(module, "Error", PyExc_RuntimeError).attr("__doc__") =
       "A mistake in a kernel that the model found; the text is its report.";
   py::class_<OptionsScope>(module, "options", py::module_local(),
-                           "with options(workers=, order=, async_=, seed=, multiprocessors=, timeout_s=, counters=): how the "
+                           "with options(workers=, order=, async_=, seed=, multiprocessors=, timeout_s=, trace=, counters=): how the "
                            "model runs the calls inside, in this OS thread")
       .def(py::init<const py::kwargs&>())
       .def("__enter__", &OptionsScope::enter)
       .def("__exit__", [](OptionsScope& self, const py::args&) { self.exit(); });
+  module.def("take_trace", [] {
+    py::list rows;
+    for (const simt::TraceEvent& e : simt::take_trace())
+      rows.append(py::make_tuple(e.block, e.thread, e.kind, e.first, e.second, e.file, e.line));
+    return rows;
+  }, "tuples (block, thread, kind, first, second, file, line), see simt/cpu/trace.h: what this thread's launches under options(trace=True) did, since the last call");
 #if defined(SIMT_CHECKED)
   module.def("take_counters", [] {
     py::list rows;

@@ -39,6 +39,7 @@ struct Options {
   uint64_t seed = 1;
   int multiprocessors = 4;  // what simt::multiprocessors() answers: the size of a persistent grid
   double timeout_s = 120;   // a launch that takes longer without progress is given up
+  bool trace = false;       // record what the threads do, see trace.h; blocks then run one after the other
   bool counters = false;    // checked build: count requests, sectors, bank conflicts, waits per source line
 };
 Options& options();  // of the launches that follow, in this OS thread

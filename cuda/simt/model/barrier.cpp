@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "state.h"
+#include "trace.h"
 
 namespace simt::model {
 
@@ -102,6 +103,7 @@ void barrier_sync(int id, int threads, Site site) {
   Cta& block = *thread.cta;
   Barrier& barrier = enter(block, id, threads, site);
   check::count(check::Count::barrier_waits, 1, site);
+  trace("barrier sync", id, threads, site);
   if (is_complete(block, barrier)) return complete(block, barrier, &thread);
   barrier.waiting.push_back(&thread);
   block_on(Waits::barrier, &barrier, uint64_t(id), site);
@@ -112,6 +114,7 @@ void barrier_arrive(int id, int threads, Site site) {
   if (!threads) fail("bar.arrive needs the number of threads", site);
   Cta& block = *self()->cta;
   Barrier& barrier = enter(block, id, threads, site);
+  trace("barrier arrive", id, threads, site);
   if (is_complete(block, barrier)) complete(block, barrier, nullptr);
 }
 

@@ -188,6 +188,7 @@ unsigned worker_count([[maybe_unused]] const Options& options, [[maybe_unused]] 
 #if defined(SIMT_CHECKED)
   return 1;  // the checker orders all accesses of a grid
 #else
+  if (options.trace) return 1;
   const unsigned wanted = options.workers > 0 ? unsigned(options.workers) : std::max(1u, std::thread::hardware_concurrency());
   const uint64_t gangs = g.blocks() / g.blocks_of_gang(), stacks = g.blocks_of_gang() * g.threads();
   return unsigned(std::min<uint64_t>({wanted, gangs, std::max<uint64_t>(1, stacks_limit / stacks), 31}));

@@ -2,6 +2,7 @@
 // tag by which memory that was never initialised, or was overwritten, is recognised. A phase completes when both counts
 // are zero; transactions may land before they are announced, so the count can be negative for a while.
 #include "state.h"
+#include "trace.h"
 
 namespace simt::model {
 
@@ -104,6 +105,7 @@ void mbarrier_init(uint64_t* barrier, uint32_t count, Site site) {
     if (thread->object == barrier) fail("mbarrier.init of " + name(barrier) + " while " + describe(*thread) + " waits on it", site);
   *barrier = pack({count, count, 0, 0, initialised});
   check::mbarrier_init(barrier, *self(), site);
+  trace("mbarrier init", offset_of(barrier), count, site);
 }
 
 void mbarrier_inval(uint64_t* barrier, Site site) {
@@ -120,6 +122,7 @@ void mbarrier_expect_transaction(uint64_t* barrier, uint32_t bytes, Site site) {
   check::mbarrier_use(barrier, *self(), site);
   f.transactions += bytes;
   if (f.transactions > largest_count) fail(transaction_overflow(barrier), site);
+  trace("mbarrier expect", offset_of(barrier), bytes, site);
   update(barrier, f);
 }
 
@@ -128,6 +131,7 @@ void mbarrier_arrive(uint64_t* barrier, uint32_t transaction_bytes, Site site) {
   own(barrier, "mbarrier.arrive", site);
   mbarrier_check(barrier, site);
   check::mbarrier_arrive(barrier, *self(), site);
+  trace("mbarrier arrive", offset_of(barrier), transaction_bytes, site);
   arrive(barrier, transaction_bytes, site);
 }
 
@@ -157,6 +161,7 @@ void mbarrier_wait(uint64_t* barrier, uint32_t parity, Site site) {
   own(barrier, "mbarrier.try_wait", site);
   check_parity(parity, site);
   check::count(check::Count::mbarrier_waits, 1, site);
+  trace("mbarrier wait", offset_of(barrier), parity, site);
   if (read(barrier, site).phase == parity) {
     worker->gang.mbarrier_waiting.push_back(self());
     block_on(Waits::mbarrier, barrier, parity, site);

@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "state.h"
+#include "trace.h"
 
 namespace simt::model {
 
@@ -124,6 +125,7 @@ void load(CopyOperation op, uint64_t* barrier, uint32_t multicast_mask) {
              " overwrites its own mbarrier at " + shared_name(op.barrier_offset),
          op.site);
   choose_targets(op, multicast_mask);
+  trace("load", int64_t(op.barrier_offset), int64_t(op.bytes), op.site);
   for (Cta* target : op.targets) {
     mbarrier_check(reinterpret_cast<uint64_t*>(target->shared + op.barrier_offset), op.site);
     check_overwrite(copy_name(op), *target, op.offset, op.bytes, op.site);
@@ -143,6 +145,7 @@ void store(CopyOperation op) {
              " is still in flight there (its mbarrier was not waited for)",
          op.site);
   op.number = self()->async.bulk_issued++;
+  trace("store", 0, int64_t(op.bytes), op.site);
   issue(std::move(op));
 }
 
@@ -248,8 +251,9 @@ void bulk_store(void* destination, const void* source, uint32_t bytes, Reduction
 
 // ---- bulk groups: of the thread that issued the stores ------------------------------------------------------------
 
-void bulk_commit_group(Site) {
+void bulk_commit_group(Site site) {
   Inside inside;
+  trace("store commit", 0, 0, site);
   ThreadAsync& mine = self()->async;
   mine.bulk_groups.push_back(mine.bulk_issued);
 }
@@ -273,8 +277,9 @@ static void forget_old_stores([[maybe_unused]] ThreadAsync& its) {
 #endif
 }
 
-void bulk_wait_group(int pending, bool read_only, Site) {
+void bulk_wait_group(int pending, bool read_only, Site site) {
   Inside inside;
+  trace("store wait", 0, pending, site);
   Thread& thread = *self();
   auto& groups = thread.async.bulk_groups;
   if (int(groups.size()) <= pending) return;

@@ -8,6 +8,7 @@
 
 #include "state.h"
 #include "tensor_core.h"
+#include "trace.h"
 
 namespace simt::model {
 
@@ -171,6 +172,7 @@ void wgmma(float* d, const Wgmma& operands, Site site) {
   check_operands(operands, thread, site);
   Warpgroup& group = block.async.warpgroups[group_of(thread)];
   const uint64_t number = thread.async.wgmma_issued++;
+  trace("wgmma", operands.n, operands.a_registers != nullptr, site);
   const bool first = number - group.first == group.operations.size();
   WgmmaOperation& op = first ? record(group, operands, block, site) : group.operations[number - group.first];
   if (!same(op.operands, operands))
@@ -201,6 +203,7 @@ void wgmma_commit_group(Site site) {
   aligned(site);
   ThreadAsync& mine = self()->async;
   mine.wgmma_groups.push_back(mine.wgmma_issued);
+  trace("wgmma commit", 0, 0, site);
 }
 
 void wgmma_wait_group(int pending, Site site) {
@@ -208,6 +211,7 @@ void wgmma_wait_group(int pending, Site site) {
   aligned(site);
   Thread& thread = *self();
   ThreadAsync& mine = thread.async;
+  trace("wgmma wait", 0, pending, site);
   if (int(mine.wgmma_groups.size()) <= pending) return;
   const uint64_t target = mine.wgmma_groups[mine.wgmma_groups.size() - 1 - size_t(pending)];
   mine.wgmma_groups.erase(mine.wgmma_groups.begin(), mine.wgmma_groups.end() - pending);
