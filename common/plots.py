@@ -88,7 +88,7 @@ def curve(
             axes.grid(True, which="both")
         if len(lines) > 1 or markers:
             axes.legend()
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def bars(
@@ -126,7 +126,7 @@ def bars(
             axes.set_xscale("log")
         if len(values) > 1:
             axes.legend()
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def image_grid(
@@ -156,7 +156,7 @@ def image_grid(
             cell.set_title(text, fontsize=8, loc="center")
         if title:
             figure.suptitle(title, fontsize=11)
-        return _save(figure, path)
+        return save_figure(figure, path)
 
 
 def _line(label: str, x: Sequence[float], y: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
@@ -194,7 +194,8 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _save(figure: Figure, path: Path | str) -> Path:
+def save_figure(figure: Figure, path: Path | str) -> Path:
+    """Writes .png or .svg, atomically, the same bytes for the same picture. Raises ValueError for another suffix."""
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise ValueError(f"expected a .png or .svg file, got {path.name!r}")

@@ -6,17 +6,17 @@ slow. Everything else - data, folders, resuming - is `python -m minigpt.train`. 
 16 bits.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from cuda.fused_nn import LayerNorm, RMSNorm
+from torch import Tensor
 
 from common import cli
-from cuda import optim, ops
-from cuda.fused_nn import LayerNorm, RMSNorm
+from cuda import ops, optim
 from cuda.linear import Embedding, Linear
 from minigpt.model import GPT
 from minigpt.optim import Muon, Updates
