@@ -103,7 +103,7 @@ Problem problem_of(const Arguments& given) {
 
   p.scale = float(given.number("scale")), p.softcap = float(given.number("softcap"));
   p.left = given.integer("left"), p.right = given.integer("right");
-  if (!std::isfinite(p.scale) || p.scale == 0.f) throw std::invalid_argument("scale: expected a finite number other than 0");
+  if (!(p.scale > 0.f) || !std::isfinite(p.scale)) throw std::invalid_argument("scale: expected a positive finite number");
   if (!(p.softcap >= 0.f) || !std::isfinite(p.softcap)) throw std::invalid_argument("softcap: expected 0 or a positive number");
   if (p.left < 0 || p.right < 0 || p.left > everything || p.right > everything)
     throw std::invalid_argument("left, right: expected 0 to 2^30");

@@ -51,8 +51,11 @@ struct Rules {
   int left, right;
   const float *sink, *bias;
   int64_t bias_batch, bias_head, bias_row;
+  float unscale, cap, uncap;  // 1 / scale; softcap in units of scale, and 1 / cap: kernels should not divide
   static Rules of(const Problem& p) {
-    return {p.scale, p.softcap, p.left, p.right, p.sink, p.bias, p.bias_batch, p.bias_head, p.bias_row};
+    const float uncap = p.softcap != 0.f ? p.scale / p.softcap : 0.f;
+    return {p.scale, p.softcap, p.left, p.right, p.sink, p.bias, p.bias_batch, p.bias_head, p.bias_row,
+            1.f / p.scale, p.softcap / p.scale, uncap};
   }
 
   __device__ __forceinline__ bool sees(const Sequence& s, int query, int key) const {
@@ -78,26 +81,46 @@ struct Rules {
   __device__ __forceinline__ float score(const Sequence& s, int b, int head, int query, int key, float product) const {
     if (!sees(s, query, key)) return -INFINITY;
     float x = product;
-    if (softcap != 0.f) x = softcap / scale * ptx::tanh_approx(product * (scale / softcap));
-    if (bias && query < s.queries) x += bias[b * bias_batch + head * bias_head + query * bias_row + key] / scale;
+    if (softcap != 0.f) x = cap * ptx::tanh_approx(product * uncap);
+    if (bias && query < s.queries) x += bias[b * bias_batch + head * bias_head + query * bias_row + key] * unscale;
     return x;
   }
   // d score / d product, of a product.
   __device__ __forceinline__ float slope(float product) const {
     if (softcap == 0.f) return 1.f;
-    const float t = ptx::tanh_approx(product * (scale / softcap));
+    const float t = ptx::tanh_approx(product * uncap);
     return 1.f - t * t;
   }
 };
 
 // `score` of a fragment of n columns as mma.sync and wgmma leave them to a lane: x[i] belongs to row `query` +
-// 8 (i / 2 % 2), column `key` + 8 (i / 4) + i % 2, where `query` and `key` are those of the lane's x[0].
+// 8 (i / 2 % 2), column `key` + 8 (i / 4) + i % 2, where `query` and `key` are those of the lane's x[0]. One rule after
+// the other: asking for all at each element makes the code three times as long, and its addresses take the registers.
 template <int n>
 __device__ __forceinline__ void edit(float (&x)[n / 2], const Rules& rules, const Sequence& s, int b, int head, int query,
                                      int key) {
+  if (rules.softcap != 0.f) {
 #pragma unroll
-  for (int i = 0; i < n / 2; ++i)
-    x[i] = rules.score(s, b, head, query + 8 * (i / 2 % 2), key + 8 * (i / 4) + i % 2, x[i]);
+    for (int i = 0; i < n / 2; ++i) x[i] = rules.cap * ptx::tanh_approx(x[i] * rules.uncap);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int row = query + 8 * r, here = row + s.offset() - key;  // where the query stands, seen from `key`
+    const int first = here - rules.left, last = min(here + rules.right, s.keys - 1 - key);
+    if (rules.bias && row < s.queries) {
+      const float* const bias = rules.bias + b * rules.bias_batch + head * rules.bias_head + row * rules.bias_row + key;
+#pragma unroll
+      for (int i = 2 * r; i < n / 2; i += i % 2 ? 3 : 1) {
+        const int column = 8 * (i / 4) + i % 2;
+        if (column <= last) x[i] += bias[column] * rules.unscale;
+      }
+    }
+#pragma unroll
+    for (int i = 2 * r; i < n / 2; i += i % 2 ? 3 : 1) {
+      const int column = 8 * (i / 4) + i % 2;
+      if (column < first || column > last) x[i] = -INFINITY;
+    }
+  }
 }
 
 inline void refuse(const std::string& reason) { throw std::invalid_argument("attention: " + reason); }

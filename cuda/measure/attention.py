@@ -1,4 +1,4 @@
-"""What is computed in the attention benchmark, and by whom: problems, our steps, torch's backends, FlashAttention's own.
+"""What is computed in the attention benchmark, and by whom: problems, our steps, torch's backends, FA3's own.
 
 The convention is FlashAttention's: batch x tokens = 16384, heads x head width = 2048; 4 B H T S K FLOP forward, half of
 it where causal, 2.5 times as many backward. Refused: peers that are not there or do not take the problem are left out.

@@ -94,6 +94,7 @@ struct WgmmaOperation {
   MatrixOperand a, b;
   float* d[128];
   uint32_t a_registers[128][4];
+  const uint32_t* a_place[128];  // where a thread has them
   check::Snapshot snapshot;
 };
 

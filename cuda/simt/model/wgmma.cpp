@@ -182,6 +182,7 @@ void wgmma(float* d, const Wgmma& operands, Site site) {
   if (operands.a_registers) check::registers_fenced(thread, operands.a_registers, 16, site);
   op.d[t] = d;
   if (!operands.scale_d) memset(d, 0xff, size_t(operands.n) / 2 * sizeof(float));  // NaN before the wait
+  op.a_place[t] = operands.a_registers;
   if (operands.a_registers) memcpy(op.a_registers[t], operands.a_registers, sizeof op.a_registers[t]);
   check::issue(op.snapshot, thread, check::Agent::wgmma);
   check::in_flight(thread, d, size_t(operands.n) / 2 * sizeof(float), true, site);
@@ -230,6 +231,7 @@ void wgmma_wait_group(int pending, Site site) {
   for (uint64_t i = target; i < mine.wgmma_issued; ++i) {  // of these the registers are still in flight
     WgmmaOperation& op = group.operations[i - group.first];
     check::in_flight(thread, op.d[t], size_t(op.operands.n) / 2 * sizeof(float), true, op.site);
+    if (op.a_place[t]) check::in_flight(thread, op.a_place[t], 16, false, op.site);
   }
   for (; !group.operations.empty() && group.operations.front().waited == int(group_threads); ++group.first)
     group.operations.pop_front();
