@@ -4,7 +4,9 @@ CPU tensors go to the CPU model (cuda/_simt), CUDA tensors to the GPU on torch's
 RuntimeError: a GPU older than capability 8.0, a step that this GPU cannot run, a module that is not built.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
 from typing import Literal, NamedTuple
@@ -15,6 +17,19 @@ from torch import Tensor
 from cuda import modules
 
 Kind = Literal["model", "sm_80", "sm_90"]
+
+
+_model: ContextVar[str] = ContextVar("model", default="_simt")
+
+
+@contextmanager
+def model(name: Literal["_simt", "_simt_checked"]) -> Iterator[ModuleType]:
+    """Inside, CPU tensors run on this module: the checked one looks for races and stray accesses, and can count."""
+    before = _model.set(name)
+    try:
+        yield modules.load(name)
+    finally:
+        _model.reset(before)
 
 
 class Place(NamedTuple):
@@ -32,7 +47,7 @@ class Place(NamedTuple):
 def place(device: torch.device, step: str | None = None, anywhere: Sequence[str] = ()) -> Place:
     """For a device; `step` is one of a ladder, of which those in `anywhere` need no Hopper GPU."""
     if device.type == "cpu":
-        return Place("model", modules.load("_simt"), 0, 4)
+        return Place("model", modules.load(_model.get()), 0, 4)
     major, minor, name, multiprocessors = gpu(device)
     if (major, minor) == (9, 0):
         return Place("sm_90", modules.load("_sm90"), torch.cuda.current_stream(device).cuda_stream, multiprocessors)

@@ -1,0 +1,124 @@
+"""The fused operations beside torch, torch.compile and a copy of as many bytes: `python -m cuda.bench_fused`.
+
+On a GPU: microseconds, GB/s of the bytes that have to move, and these as a share of the bandwidth of a copy. On a CPU
+nothing is timed: the checked model counts the bytes that each operation moves, and how many sectors it takes. Results
+go to results/cuda/. Refused: timing what is wrong; then the rest is measured, and the exit code is 1.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from common import cli, timing
+from common.cli import UserError
+from common.results import save_result
+from cuda import device as device_of
+from cuda.measure import counters, fused
+from cuda.measure.fused import Case
+
+TOLERANCE = 3e-2  # of the largest element, in bf16
+SIZES = {"cuda": (16384, 2048, 50304), "cpu": (32, 256, 1024)}
+MUTATE = ("adamw", "cross_entropy and gradient, in place")  # each call changes its inputs: nothing to compare
+
+
+@dataclass(frozen=True, slots=True)
+class BenchConfig:
+    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto is CUDA where there is one"})
+    tokens: int = field(default=0, metadata={"help": "rows; 0: 16384 on a GPU, 32 on a CPU"})
+    width: int = field(default=0, metadata={"help": "channels; 0: 2048 on a GPU, 256 on a CPU"})
+    words: int = field(default=0, metadata={"help": "vocabulary; 0: 50304 on a GPU, 1024 on a CPU"})
+    rounds: int = field(default=7, metadata={"help": "samples of each competitor, taken in turn"})
+    compile: bool = field(default=True, metadata={"help": "torch.compile is a competitor too"})
+    out: Path = field(default=Path("results"), metadata={"help": "folder of the result files"})
+
+    def __post_init__(self) -> None:
+        if self.rounds < 1 or min(self.tokens, self.width, self.words) < 0:
+            raise ValueError(
+                f"rounds {self.rounds}, sizes {self.tokens}, {self.width}, {self.words}: expected 0 or more"
+            )
+
+    def sizes(self, device: str) -> tuple[int, int, int]:
+        given = (self.tokens, self.width, self.words)
+        return tuple(mine or usual for mine, usual in zip(given, SIZES[device], strict=True))
+
+
+def measure(case: Case, config: BenchConfig, bandwidth: float) -> list[dict[str, Any]]:
+    """Rows of one case. Raises ValueError for a result that is far from torch's."""
+    functions = {"ours": case.run(case.ours)}
+    if config.compile and case.inputs:
+        functions["torch.compile"] = case.run(torch.compile(case.torchs))
+    functions["torch"] = case.run(case.torchs)
+    check = (lambda _: None) if case.name in MUTATE else timing.close(TOLERANCE)
+    taken = timing.compare(functions, rounds=config.rounds, warmup=3, check=check, device="cuda")
+    rows = []
+    for name, samples in taken.items():
+        rate = case.bytes / samples.median
+        rows.append({"operation": case.name, "pass": "backward" if case.backward else "forward", "by": name,
+                     "us": 1e6 * samples.median, "gb_per_s": rate / 1e9, "of_copy": rate / bandwidth,
+                     "samples": samples})  # fmt: skip
+    ours = rows[0]
+    ours["of_best_peer"] = min(row["us"] for row in rows[1:]) / ours["us"]
+    return rows
+
+
+def bench_cuda(config: BenchConfig) -> int:
+    bandwidth = timing.copy_bandwidth("cuda")
+    print(f"copies: {bandwidth / 1e12:.2f} TB/s, read and written", flush=True)
+    rows, failures = [], []
+    for case in fused.cases("cuda", *config.sizes("cuda")):
+        try:
+            found = measure(case, config, bandwidth)
+        except (ValueError, RuntimeError) as error:
+            failures.append(f"{case.name}: {error}")
+            print(f"FAILED, not timed: {failures[-1]}", flush=True)
+            continue
+        for row in found:
+            what = f"{row['operation']:36} {row['pass']:8} {row['by']:14} {row['us']:9.1f} us"
+            print(f"{what} {row['gb_per_s']:7.0f} GB/s {row['of_copy']:5.0%} of a copy", flush=True)
+        rows += found
+    settings = {key: getattr(config, key) for key in BenchConfig.__dataclass_fields__}
+    settings |= {"failed": failures, "copy_bytes_per_s": bandwidth}
+    print(save_result("cuda", "fused", rows, config=settings, device="cuda", root=config.out))
+    return 1 if failures or not rows else 0
+
+
+def count(case: Case) -> dict[str, Any]:
+    """The bytes that the checked model sees an operation move to and from memory, over those that have to."""
+    with device_of.model("_simt_checked") as module:
+        call = case.run(case.ours)
+        module.take_counters()
+        with module.options(counters=True):
+            call()
+        counted = module.take_counters()
+    moved = sum(row["actual"] for row in counted if row["kind"] in counters.GLOBAL) * counters.SECTOR
+    fewest = sum(row["ideal"] for row in counted if row["kind"] in counters.GLOBAL) * counters.SECTOR
+    moved_in = sum(row["bytes"] for row in counted if row["kind"] in ("tma", "cp.async"))
+    return {"operation": case.name, "pass": "backward" if case.backward else "forward", "bytes": case.bytes,
+            "moved": (moved + moved_in) / case.bytes, "coalescing": moved / fewest if fewest else None}  # fmt: skip
+
+
+def bench_cpu(config: BenchConfig) -> int:
+    print("no GPU is measured: these are counts by the checked CPU model, not times", flush=True)
+    rows = []
+    for case in fused.cases("cpu", *config.sizes("cpu")):
+        row = count(case)
+        rows.append(row)
+        sectors = f"{row['coalescing']:.2f} x sectors" if row["coalescing"] else ""
+        moved = f"{row['moved']:6.2f} x the bytes that have to move"
+        print(f"{row['operation']:36} {row['pass']:8} {moved} {sectors}", flush=True)
+    print(save_result("cuda", "fused_counters", rows, config=config, device="cpu", root=config.out))
+    return 0
+
+
+def main() -> int:
+    config = cli.parse(BenchConfig, prog=cli.program(), description="fused operations beside torch and a copy")
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("device cuda: this machine has no CUDA device")
+    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    return bench_cuda(config) if device == "cuda" else bench_cpu(config)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,117 @@
+"""The cases of the benchmark of fused operations: what each computes by us and by torch, and the bytes that must move.
+
+A memory-bound operation cannot be faster than a copy of as many bytes: each input read once, each output written once.
+What is small beside the tensors (gains, statistics of rows) is not counted. Sizes are those of a GPT: N tokens, C
+channels, V words.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cuda import fused_ops, loss_ops, optim
+from minigpt.model import rotate
+
+BF16 = torch.bfloat16
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """`ours` and `torchs` take the inputs; `backward` says that their gradients are what is timed."""
+
+    name: str
+    inputs: tuple[Tensor, ...]
+    ours: Callable[..., Any]
+    torchs: Callable[..., Any]
+    bytes: int
+    backward: bool = False
+
+    def run(self, function: Callable[..., Any]) -> Callable[[], Any]:
+        """The call that is timed."""
+        if not self.backward:
+            return lambda: function(*self.inputs)
+        leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in self.inputs]
+        y = function(*leaves)
+        wanted = [x for x in leaves if x.requires_grad]
+        upstream = torch.ones_like(y) if y.ndim == 0 else torch.randn_like(y)
+        return lambda: torch.autograd.grad(y, wanted, upstream, retain_graph=True)
+
+
+def cases(device: str, tokens: int, width: int, words: int) -> Iterator[Case]:
+    """All of them, one after the other: the operands of one are gone when the next is made."""
+    N, C, V = tokens, width, words
+    row = N * C * 2  # bytes of one tensor of activations in bf16
+
+    def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    x, gain, bias = normal(N, C), normal(C, dtype=torch.float32), normal(C, dtype=torch.float32)
+    pairs = [
+        ("rms_norm", (x, gain), fused_ops.rms_norm, lambda x, g: F.rms_norm(x, (C,), g.to(x.dtype), 1e-6)),
+        ("layer_norm", (x, gain, bias), fused_ops.layer_norm,
+         lambda x, g, b: F.layer_norm(x, (C,), g.to(x.dtype), b.to(x.dtype))),
+    ]  # fmt: skip
+    for name, inputs, ours, torchs in pairs:
+        yield Case(name, inputs, ours, torchs, 2 * row)
+        yield Case(name, inputs, ours, torchs, 3 * row, True)
+    residual = normal(N, C)
+    yield Case(
+        "rms_norm of a sum", (x, residual, gain), lambda x, r, g: fused_ops.rms_norm(x, g, residual=r)[0],
+        lambda x, r, g: F.rms_norm(x + r, (C,), g.to(x.dtype), 1e-6), 4 * row,
+    )  # fmt: skip
+    for name, ours, torchs in (
+        ("swiglu", fused_ops.swiglu, lambda gate, up: F.silu(gate) * up),
+        ("gelu", fused_ops.gelu, F.gelu),
+        ("relu2", fused_ops.relu2, lambda x: F.relu(x).square()),
+        ("softmax", fused_ops.softmax, lambda x: x.softmax(-1)),
+    ):
+        inputs = (x, residual) if name == "swiglu" else (x,)
+        yield Case(name, inputs, ours, torchs, (len(inputs) + 1) * row)
+        yield Case(name, inputs, ours, torchs, (2 * len(inputs) + 1) * row, True)
+    heads, K = max(1, C // 128), min(C, 128)
+    q = normal(1, N, heads, K).transpose(1, 2)
+    angle = torch.rand(N, K // 2, device=device) * 6
+    cos, sin = (torch.cat([t, t], -1).to(BF16) for t in (angle.cos(), angle.sin()))
+    yield Case("rotary", (q,), lambda q: fused_ops.rotary(q, cos, sin), lambda q: rotate(q, cos, sin), 2 * row)
+    del q, residual
+    yield from _of_words(device, min(N, 8192), V, normal)
+    yield from _of_parameters(device, 12 * C * C, normal)
+
+
+def _of_words(device: str, N: int, V: int, normal: Callable[..., Tensor]) -> Iterator[Case]:
+    logits, targets = normal(N, V), torch.randint(V, (N,), device=device)
+
+    def torchs(logits: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), targets)
+
+    yield Case("cross_entropy", (logits,), lambda x: loss_ops.cross_entropy(x, targets), torchs, N * V * 2)
+    yield Case("cross_entropy", (logits,), lambda x: loss_ops.cross_entropy(x, targets), torchs, 2 * N * V * 2, True)
+    yield Case("cross_entropy and gradient, in place", (logits.clone(),),
+               lambda x: loss_ops.cross_entropy_(x, targets),
+               lambda x: torch.autograd.grad(torchs(x.requires_grad_()), x)[0], 2 * N * V * 2)  # fmt: skip
+    del logits
+    table, tokens = normal(V, 256, dtype=torch.float32), torch.randint(V, (4 * N,), device=device)
+    moved = 4 * N * 256 * 4
+    yield Case("embedding", (tokens, table), loss_ops.embedding, F.embedding, 2 * moved)
+    yield Case("embedding", (tokens, table), loss_ops.embedding, F.embedding, moved + V * 256 * 4, True)
+
+
+def _of_parameters(device: str, count: int, normal: Callable[..., Tensor]) -> Iterator[Case]:
+    """24 matrices with float32 gradients: read p, g, m, v, write p, m, v."""
+
+    def parameters() -> list[Tensor]:
+        made = [normal(count // 24, dtype=torch.float32).requires_grad_() for _ in range(24)]
+        for p in made:
+            p.grad = torch.randn_like(p)
+        return made
+
+    mine, theirs = parameters(), parameters()
+    ours, torchs = optim.AdamW(mine, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3, fused=True)
+    size = 4 * (count // 24) * 24
+    yield Case("adamw", (), ours.step, torchs.step, 7 * size)
+    yield Case("grad_norm", (), lambda: optim.grad_norm(mine, 1.0)[0],
+               lambda: torch.nn.utils.get_total_norm([p.grad for p in theirs]), size)  # fmt: skip
