@@ -1,8 +1,8 @@
 """Reads machine code: the disassembly of kernels in an object file or a module, and what ptxas said when it made them.
 
 Nothing needs a GPU. cuobjdump and nvdisasm come with the CUDA toolkit, with Triton's wheel, and as wheels of NVIDIA's
-(nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). A kernel's step is told by its name: nvcc puts the source file into the
-names of what lies in no named namespace, and the last step's kernels are in matmul::best.
+(nvidia-cuda-cuobjdump, nvidia-cuda-nvdisasm). A kernel's ladder and step are told by its name: its namespaces, the
+source file, which nvcc puts into the names of what lies in no named namespace, or the shape that it is a template of.
 """
 
 import importlib.util
@@ -20,6 +20,7 @@ INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*(?:\.
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 SOURCE = re.compile(r"_\d+_(\d\d)_\w+?_cu_[0-9a-f]{8}")  # the file's name stands after its length
+SHAPE = re.compile(r"\d(?:[A-Z][a-z]+)*[A-Z][a-z]{2,}(\d\d)[EI]")  # a type called Persistent08
 REMARK = re.compile(r"^.*\(C75\d\d\).*$", re.MULTILINE)
 SPILL = re.compile(r"^.*\b[1-9]\d* bytes spill (?:stores|loads).*$", re.MULTILINE)
 
@@ -32,6 +33,7 @@ class Kernel:
     registers: int
     stack: int
     local: int
+    ladder: str = ""  # "matmul", "forward" or "backward" of attention, "attention", "fused"
     step: str = ""  # "12"
     code: tuple[str, ...] = ()  # the opcodes, in the order of their addresses
 
@@ -59,7 +61,7 @@ def missing(*names: str) -> str:
 def kernels(path: Path) -> list[Kernel]:
     """The Hopper kernels of an object file or a module, without their instructions."""
     found = USAGE.findall(_cuobjdump("--dump-resource-usage", str(path)))
-    return [Kernel(name, *(int(numbers[i]) for i in (0, 1, 3)), _step(name)) for name, *numbers in found]
+    return [Kernel(name, *(int(numbers[i]) for i in (0, 1, 3)), _ladder(name), _step(name)) for name, *numbers in found]
 
 
 def disassemble(path: Path, wanted: list[Kernel]) -> list[Kernel]:
@@ -112,9 +114,21 @@ def unfenced_stores(kernel: Kernel) -> list[str]:
     return faults
 
 
+def _ladder(name: str) -> str:
+    """By the namespaces of the mangled name."""
+    match = re.match(r"_ZN(6matmul|9attention7forward|9attention8backward|9attention|5fused)", name)
+    return match[1].lstrip("0123456789").replace("attention7", "").replace("attention8", "") if match else ""
+
+
+LAST = {"matmul": "4best", "backward": "4best"}  # the namespace of a ladder's last step, which is several files
+
+
 def _step(name: str) -> str:
-    match = SOURCE.search(name)
-    return match[1] if match else "16" if "6matmul4best" in name else ""
+    ladder = _ladder(name)
+    match = SOURCE.search(name) or SHAPE.search(name)
+    if match:
+        return match[1]
+    return {"matmul": "16", "backward": "05"}[ladder] if ladder in LAST and LAST[ladder] in name else ""
 
 
 def _cuobjdump(*arguments: str) -> str:
