@@ -17,6 +17,7 @@ from torch import Tensor
 from cuda import modules
 
 Kind = Literal["model", "sm_80", "sm_90"]
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # what kernels compute with; attention wants 16 bits
 
 
 _model: ContextVar[str] = ContextVar("model", default="_simt")

@@ -18,11 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cuda import dispatch
-from cuda.device import place
+from cuda.device import DTYPES, place
 
 Activation = Literal["none", "gelu", "swiglu"]
 ACTIVATIONS = ("none", "gelu", "swiglu")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMPY = {np.dtype("float32"): torch.float32, np.dtype("float16"): torch.float16, np.dtype("uint16"): torch.bfloat16}
 
 

@@ -53,8 +53,8 @@ struct Inputs {
   const T *k, *v;
   int64_t k_page, k_slot, k_head, v_page, v_slot, v_head, table_row;
   const int32_t *table, *lengths;
-  int block_size, heads, kv_heads, queries, splits, least_keys, left;
-  float scale, softcap;
+  int block_size, heads, kv_heads, queries, splits, least_keys;
+  Rules rules;
   Results results;
 
   __device__ __forceinline__ int ratio() const { return heads / kv_heads; }
@@ -65,7 +65,7 @@ struct Inputs {
 
   // The keys of this block's split. They begin at a multiple of 16, so that 16 keys lie in one page.
   __device__ __forceinline__ Range keys(int length, int split, int tile_keys) const {
-    const int first = max(0, length - queries - left) / 16 * 16;
+    const int first = max(0, length - queries - rules.left) / 16 * 16;
     const int tiles = max(divide_up(divide_up(length - first, tile_keys), splits), divide_up(least_keys, tile_keys));
     const int begin = first + split * tiles * tile_keys;
     return {begin, min(begin + tiles * tile_keys, length)};
@@ -195,7 +195,7 @@ __device__ __forceinline__ void store_rows(const Inputs<T>& in, int first_row, i
     const int row = i / head_dim, column = i % head_dim;
     if (first_row + row >= in.rows()) break;
     const int token = in.token(first_row + row), head = in.head(first_row + row);
-    Merge merged(in.scale);
+    Merge merged(in.rules.scale);
     const int warp = row / 16 * P::warps_across;
 #pragma unroll
     for (int w = 0; w < P::warps_across; ++w) merged.look_at(parts.state[warp + w][row % 16]);
@@ -230,8 +230,8 @@ __global__ void
   ptx::cp_async_wait_group<P::stages - 2>();
   __syncthreads();  // each thread waits for what it copied of Q, and all of them read all of it
 
-  const Rules rules = {in.scale, in.softcap, in.left, 0, nullptr, nullptr, 0, 0, 0};
-  const float scale_log2 = in.scale * log2_e;
+  const Rules& rules = in.rules;
+  const float scale_log2 = rules.scale * log2_e;
   const int row = warp / P::warps_across * 16, tile_key = warp % P::warps_across * n;
   const int tokens[2] = {in.token(first_row + row + lane / 4), in.token(first_row + row + lane / 4 + 8)};
   Softmax softmax;
@@ -264,9 +264,11 @@ __global__ void
 template <class T>
 Inputs<T> inputs_of(const Decode& p) {
   const auto data = [](const Pages& x) { return static_cast<const T*>(x.data); };
+  Problem rules = {};
+  rules.scale = p.scale, rules.softcap = p.softcap, rules.left = p.left, rules.right = 0;
   return {{static_cast<const T*>(p.q.data), p.q.batch, p.q.row, p.q.head}, Rows<T>::of(p.o), data(p.k), data(p.v),
           p.k.page, p.k.slot, p.k.head, p.v.page, p.v.slot, p.v.head, p.table_row, p.table, p.lengths,
-          p.block_size, p.heads, p.kv_heads, p.queries, p.splits, p.least_keys, p.left, p.scale, p.softcap,
+          p.block_size, p.heads, p.kv_heads, p.queries, p.splits, p.least_keys, Rules::of(rules),
           Results::of(p)};
 }
 

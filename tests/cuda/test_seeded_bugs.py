@@ -135,6 +135,7 @@ EXPECTED = {
     ("misuse", "registers_by_one_warp"): (r"setmaxnreg at .* by some of the warps of warpgroup 0 .* only", ALWAYS),
     ("misuse", "barrier_between_warps_missing"): (rf"{RACE}(.|\n)*a barrier must lie between what the warps", NEVER),
     ("misuse", "shared_memory_too_small"): (r"a type of 9216 bytes, but the launch gave the block 9152", ALWAYS),
+    ("misuse", "misaligned_pair"): (r"write of 8 bytes at smem\+0x\w+, which is not a multiple of them", NEVER),
     ("misuse", "misaligned_atomic"): (r"an atomic at an address that is not aligned", ALWAYS),
 }
 # Where a mistake cannot be seen even by the checked build, because the schedule itself is a correct execution in which

@@ -34,12 +34,16 @@ void watch_for_spin(const char* pointer, bool write, Thread& thread, uint16_t pl
 }
 
 __attribute__((noinline)) void check_access(const void* pointer, size_t bytes, bool write, bool is_volatile,
-                                            const void* pc) {
+                                            bool aligned, const void* pc) {
   Thread& thread = *self();
   std::string error;
   try {
     Inside inside;
     const uint16_t place = place_of(pc);
+    if (aligned && reinterpret_cast<uintptr_t>(pointer) % bytes)
+      fail(std::string(write ? "write" : "read") + " of " + std::to_string(bytes) + " bytes at " + where(pointer) +
+               ", which is not a multiple of them: a GPU refuses it",
+           read_line(place));
     watch_for_spin(static_cast<const char*>(pointer), write, thread, place);  // before: others may write what is read
     check_generic(pointer, bytes, write, is_volatile, thread, place);
   } catch (const std::exception& caught) {
@@ -60,7 +64,7 @@ __attribute__((noinline)) void check_own_stack(const void* pointer, size_t bytes
   if (!error.empty()) abandon(*worker, *thread.fiber, std::move(error));
 }
 
-inline void hook(const void* pointer, size_t bytes, bool write, bool is_volatile, const void* pc) {
+inline void hook(const void* pointer, size_t bytes, bool write, bool is_volatile, bool aligned, const void* pc) {
   const Thread* thread = self();
   if (!thread || !bytes || is_models_own(pointer)) return;
   if (pointer >= thread && pointer < thread + 1) return;  // threadIdx and its like
@@ -68,7 +72,7 @@ inline void hook(const void* pointer, size_t bytes, bool write, bool is_volatile
     if (any_watched(*thread)) check_own_stack(pointer, bytes, write, pc);
     return;
   }
-  check_access(pointer, bytes, write, is_volatile, pc);
+  check_access(pointer, bytes, write, is_volatile, aligned, pc);
 }
 
 }  // namespace
@@ -80,25 +84,25 @@ using simt::model::check::hook;
 extern "C" {
 #define CALLER __builtin_return_address(0)
 #define HOOK(BYTES)                                                                            \
-  void __tsan_read##BYTES(void* p) { hook(p, BYTES, false, false, CALLER); }                   \
-  void __tsan_write##BYTES(void* p) { hook(p, BYTES, true, false, CALLER); }                   \
-  void __tsan_unaligned_read##BYTES(void* p) { hook(p, BYTES, false, false, CALLER); }         \
-  void __tsan_unaligned_write##BYTES(void* p) { hook(p, BYTES, true, false, CALLER); }         \
-  void __tsan_volatile_read##BYTES(void* p) { hook(p, BYTES, false, true, CALLER); }           \
-  void __tsan_volatile_write##BYTES(void* p) { hook(p, BYTES, true, true, CALLER); }           \
-  void __tsan_unaligned_volatile_read##BYTES(void* p) { hook(p, BYTES, false, true, CALLER); } \
-  void __tsan_unaligned_volatile_write##BYTES(void* p) { hook(p, BYTES, true, true, CALLER); } \
-  void __tsan_read_write##BYTES(void* p) { hook(p, BYTES, true, false, CALLER); }
+  void __tsan_read##BYTES(void* p) { hook(p, BYTES, false, false, true, CALLER); }                   \
+  void __tsan_write##BYTES(void* p) { hook(p, BYTES, true, false, true, CALLER); }                   \
+  void __tsan_unaligned_read##BYTES(void* p) { hook(p, BYTES, false, false, false, CALLER); }         \
+  void __tsan_unaligned_write##BYTES(void* p) { hook(p, BYTES, true, false, false, CALLER); }         \
+  void __tsan_volatile_read##BYTES(void* p) { hook(p, BYTES, false, true, true, CALLER); }           \
+  void __tsan_volatile_write##BYTES(void* p) { hook(p, BYTES, true, true, true, CALLER); }           \
+  void __tsan_unaligned_volatile_read##BYTES(void* p) { hook(p, BYTES, false, true, false, CALLER); } \
+  void __tsan_unaligned_volatile_write##BYTES(void* p) { hook(p, BYTES, true, true, false, CALLER); } \
+  void __tsan_read_write##BYTES(void* p) { hook(p, BYTES, true, false, true, CALLER); }
 HOOK(1)
 HOOK(2)
 HOOK(4)
 HOOK(8)
 HOOK(16)
 #undef HOOK
-void __tsan_read_range(void* p, long bytes) { hook(p, size_t(bytes), false, false, CALLER); }
-void __tsan_write_range(void* p, long bytes) { hook(p, size_t(bytes), true, false, CALLER); }
-void __tsan_vptr_read(void** p) { hook(p, sizeof *p, false, false, CALLER); }
-void __tsan_vptr_update(void** p, void*) { hook(p, sizeof *p, true, false, CALLER); }
+void __tsan_read_range(void* p, long bytes) { hook(p, size_t(bytes), false, false, false, CALLER); }
+void __tsan_write_range(void* p, long bytes) { hook(p, size_t(bytes), true, false, false, CALLER); }
+void __tsan_vptr_read(void** p) { hook(p, sizeof *p, false, false, true, CALLER); }
+void __tsan_vptr_update(void** p, void*) { hook(p, sizeof *p, true, false, true, CALLER); }
 #undef CALLER
 void __tsan_init() {}
 void __tsan_func_entry(void*) {}

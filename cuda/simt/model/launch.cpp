@@ -206,6 +206,8 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool
   check_limits(g);
   const uint64_t gangs = g.blocks() / g.blocks_of_gang();
   const Options options = simt::options();
+  const unsigned workers = worker_count(options, g);
+  std::atomic<int> going{int(workers)};
   std::atomic<uint64_t> next{0};
   std::atomic<bool> failed{false};
   std::mutex error_mutex;
@@ -218,6 +220,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool
     mine->options = options;
     mine->entry = entry;
     mine->argument = argument;
+    mine->going = &going;
+    mine->alone = workers == 1;
+    mine->stuck = false;
     uint64_t gang;
     while (!failed && (gang = next++) < gangs) {
       std::string report;
@@ -231,6 +236,7 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool
       if (!failed) error = std::move(report);
       failed = true;
     }
+    if (!mine->stuck) --going;
     worker = outer;
     current = outer_thread;
     return_worker(mine);
@@ -238,8 +244,9 @@ void run_grid(dim3 grid, dim3 block, size_t shared_bytes, unsigned cluster, bool
   check::begin_grid(kernel, argument);
   std::vector<std::thread> others;
   try {
-    for (unsigned i = 1; i < worker_count(options, g); ++i) others.emplace_back(work);
+    for (unsigned i = 1; i < workers; ++i) others.emplace_back(work);
   } catch (const std::system_error&) {  // no more OS threads: those there are do the work
+    going -= int(workers - 1 - others.size());
   }
   work();
   for (std::thread& other : others) other.join();

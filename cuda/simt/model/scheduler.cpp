@@ -2,6 +2,7 @@
 // chosen by Options.order and the seed. When nobody can run, a delayed asynchronous operation happens; when there is
 // none either, the block is deadlocked.
 #include <algorithm>
+#include <chrono>
 #include <cstdio>
 
 #include "state.h"
@@ -63,12 +64,32 @@ Thread* dequeue(Worker& w) {
   return take(w.ready, w.options.order == Order::random ? w.random() % w.ready.size() : w.ready.size() - 1);
 }
 
+void set_stuck(Worker& w, bool stuck) {
+  if (w.stuck != stuck) *w.going += stuck ? -1 : 1;
+  w.stuck = stuck;
+}
+
+// A block may wait for blocks of smaller number, which other OS threads run. That is no deadlock as long as one of those
+// goes on; when none does, the one that was helped last gets some time to find out.
+bool others_go_on(Worker& w) {
+  if (w.idle_rounds < idle_rounds_allowed / 2) return false;
+  set_stuck(w, true);
+  if (*w.going > 0) {
+    w.idle_rounds = idle_rounds_allowed / 2;
+    std::this_thread::yield();
+    return true;
+  }
+  if (!w.alone) std::this_thread::sleep_for(std::chrono::milliseconds(5));
+  return false;
+}
+
 // The next to run; null when the gang is over. Raises Error on a deadlock.
 Thread* pick() {
   Worker& w = *worker;
   for (;;) {
     ++w.steps;
     if (w.options.async == Async::random && async_pending(w.gang) && w.random() % 16 == 0) async_progress(w.gang);
+    if (w.stuck && w.progress != w.progress_seen) set_stuck(w, false);
     if (Thread* thread = dequeue(w)) return thread;
     if (!w.gang.alive) return nullptr;
     if (async_progress(w.gang)) {
@@ -77,7 +98,7 @@ Thread* pick() {
     }
     if (w.progress != w.progress_seen)
       w.progress_seen = w.progress, w.idle_rounds = 0;
-    else if (w.polling.empty() || ++w.idle_rounds > idle_rounds_allowed)
+    else if (w.polling.empty() || (!others_go_on(w) && ++w.idle_rounds > idle_rounds_allowed))
       deadlock(w);
     for (Thread* thread : w.polling) enqueue(thread);
     w.polling.clear();
@@ -219,6 +240,7 @@ void run_threads(Worker& w) {
   w.head = 0;
   w.polling.clear();
   w.progress = w.progress_seen = w.idle_rounds = 0;
+  set_stuck(w, false);
   for (Thread& thread : w.gang.threads) enqueue(&thread);
   if (w.options.order == Order::random)
     for (size_t i = w.ready.size(); i > 1; --i) std::swap(w.ready[i - 1], w.ready[w.random() % i]);

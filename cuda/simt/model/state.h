@@ -1,6 +1,7 @@
 // What the model knows while a grid runs. A Worker (OS thread) runs one Gang of blocks at a time: a cluster, or all
 // blocks of a grid whose blocks wait for each other. Every CUDA thread is a Thread with a fiber once it has started.
 #pragma once
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -123,6 +124,9 @@ struct Worker {
   std::vector<Thread*> polling;
   uint64_t progress = 0, progress_seen = 0, idle_rounds = 0, steps = 0;
   uint64_t time_skipped = 0;  // by kernels that wait for the clock
+  std::atomic<int>* going = nullptr;  // workers of the grid that are not stuck
+  bool alone = true;                  // no other worker runs this grid
+  bool stuck = false;                 // all its threads wait for what another worker's block may do
   char* arena = nullptr;  // shared memory of the gang's blocks
   size_t arena_bytes = 0;
   uint64_t random_state = 1;

@@ -9,7 +9,7 @@ enum Misuse {
   poll_forever, registers_missing, registers_decreased_by_inc, cluster_wait_without_arrive, wgmma_at_exit, unwritten_shared,
   past_shared_memory, bulk_size, lanes_in_different_operations, static_pointer, rank_too_large, misaligned_atomic,
   divergent_aligned, registers_by_one_warp, barrier_between_warps_missing, shared_memory_too_small, clock_wait,
-  mixed_barrier_zero, partial_warp
+  mixed_barrier_zero, partial_warp, misaligned_pair
 };
 
 struct Bytes {
@@ -86,6 +86,10 @@ __global__ void __launch_bounds__(256) misuse_kernel(float* out, int* flag, int 
       __syncthreads();
       break;
     case misaligned_atomic: atomicAdd(reinterpret_cast<int*>(reinterpret_cast<char*>(flag) + 1), 1); break;
+    case misaligned_pair:
+      if (thread == 0) *reinterpret_cast<float2*>(s.values + 1) = make_float2(s.values[1], s.values[2]);
+      __syncthreads();
+      break;
     default: break;
   }
   if (thread < 32) out[thread] = s.values[thread];
@@ -111,7 +115,7 @@ const Kernel& misuse() {
        "wgmma_at_exit", "unwritten_shared", "past_shared_memory", "bulk_size",
        "lanes_in_different_operations", "static_pointer", "rank_too_large", "misaligned_atomic",
        "divergent_aligned", "registers_by_one_warp", "barrier_between_warps_missing", "shared_memory_too_small",
-       "clock_wait", "mixed_barrier_zero", "partial_warp"},
+       "clock_wait", "mixed_barrier_zero", "partial_warp", "misaligned_pair"},
       run_misuse};
   return kernel;
 }
