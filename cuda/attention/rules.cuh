@@ -110,16 +110,16 @@ __device__ __forceinline__ void edit(float (&x)[n / 2], const Rules& rules, cons
     if (rules.bias && row < s.queries) {
       const float* const bias = rules.bias + b * rules.bias_batch + head * rules.bias_head + row * rules.bias_row + key;
 #pragma unroll
-      for (int i = 2 * r; i < n / 2; i += i % 2 ? 3 : 1) {
-        const int column = 8 * (i / 4) + i % 2;
-        if (column <= last) x[i] += bias[column] * rules.unscale;
-      }
+      for (int i = 2 * r; i < n / 2; i += 4)
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (8 * (i / 4) + j <= last) x[i + j] += bias[8 * (i / 4) + j] * rules.unscale;
     }
 #pragma unroll
-    for (int i = 2 * r; i < n / 2; i += i % 2 ? 3 : 1) {
-      const int column = 8 * (i / 4) + i % 2;
-      if (column < first || column > last) x[i] = -INFINITY;
-    }
+    for (int i = 2 * r; i < n / 2; i += 4)
+#pragma unroll
+      for (int j = 0; j < 2; ++j)
+        if (8 * (i / 4) + j < first || 8 * (i / 4) + j > last) x[i + j] = -INFINITY;
   }
 }
 

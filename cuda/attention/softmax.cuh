@@ -54,7 +54,7 @@ struct Softmax {
       const float top = max(seen, beside);
       if (top == -INFINITY) {
         factor[r] = 0.f;
-        lse[r] = -INFINITY;
+        lse[r] = total - INFINITY;  // NaN if the scores are
         continue;
       }
       const float shrunk = ptx::exp2_approx(seen - top);  // 1 unless the sink is above all scores

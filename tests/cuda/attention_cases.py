@@ -160,9 +160,11 @@ def lse_like(case: Case) -> torch.Tensor:
 def forward(module, step: str, case: Case) -> dict[str, torch.Tensor]:
     """o and lse by one step."""
     o, lse = Guarded(case.arrays["q"]), lse_like(case)
-    scores = (
-        torch.empty(case.batch, case.heads, case.queries, case.keys, device=case.device) if step == "naive_01" else None
-    )
+    scores = None
+    if step == "naive_01":
+        batch, queries = len(case.lengths_q) or case.batch, max(case.lengths_q, default=case.queries)
+        keys = max(case.lengths_k, default=case.keys)
+        scores = torch.full((batch, case.heads, queries, keys), math.nan, device=case.device)
     module.run("attention_forward", step=step, o=o.inside, lse=lse, scores=scores, **case.arguments())
     if case.device == "cuda":
         torch.cuda.synchronize()
