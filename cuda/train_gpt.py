@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from cuda.fused_nn import LayerNorm, RMSNorm
 from torch import Tensor
 
 from common import cli
 from cuda import ops, optim
-from cuda.linear import Embedding, Linear
+from cuda.layers import Embedding, LayerNorm, RMSNorm
+from cuda.linear import Linear
 from minigpt.model import GPT
 from minigpt.optim import Muon, Updates
 from minigpt.train import Result, configured, train
@@ -46,12 +46,15 @@ def preset(name: str, **changes: Any) -> KernelsConfig:
     return KernelsConfig(**(of_stage_2 | {"dtype": "bfloat16", "folder": Path(f"runs/kernels-{name}")} | changes))
 
 
-PRESETS = {  # head widths that attention has; what a CPU model can run while one waits is tiny
-    "tiny": preset("tiny", heads=1, kv_heads=1, head_width=64, batch=2, context=32, steps=2, warmup=1, eval_windows=2,
-                   eval_stride=32, tokenizer="bytes"),
-    "laptop": preset("laptop", heads=3, kv_heads=3, head_width=64),
-    "gpu": preset("laptop", layers=12, width=768, heads=6, kv_heads=6, head_width=128, mlp_width=2048, context=1024,
-                  batch=32, steps=200, eval_stride=512, folder=Path("runs/kernels-gpu")),
+PRESETS = {  # head widths that attention has; tiny is what the CPU model can run while one waits, text included
+    "tiny": preset(
+        "tiny", corpus="cuda/README.md", tokenizer="bytes", heads=1, kv_heads=1, head_width=64, batch=2, context=32,
+        steps=2, warmup=1, eval_windows=2, eval_stride=32,
+    ),
+    "gpu": preset(
+        "laptop", layers=12, width=768, heads=6, kv_heads=6, head_width=128, mlp_width=2048, context=1024, batch=32,
+        steps=200, eval_stride=512, folder=Path("runs/kernels-gpu"),
+    ),
 }  # fmt: skip
 
 
