@@ -64,8 +64,9 @@ PTX_INLINE float2 halves_of(uint32_t pair, __half) {
 PTX_INLINE uint32_t pair_of(float low, float high, __nv_bfloat16) { return ptx::pack_bf16(low, high); }
 PTX_INLINE uint32_t pair_of(float low, float high, __half) { return ptx::pack_f16(low, high); }
 
+// The bits by value: through a reference into memory they would be four loads.
 template <class T, int n>
-PTX_INLINE void unpack(const Bits<T, n>& bits, float (&x)[n]) {
+PTX_INLINE void unpack(Bits<T, n> bits, float (&x)[n]) {
   if constexpr (n == 1) {
     x[0] = float(bits);
   } else {

@@ -10,8 +10,9 @@ namespace fused::training {
 template <class T>
 constexpr int width = 16 / int(sizeof(T));  // elements in 16 bytes
 
+// The words by value: through a reference into memory they would be four loads.
 template <class T>
-PTX_INLINE void unpack(const uint4& words, float (&x)[width<T>]) {
+PTX_INLINE void unpack(uint4 words, float (&x)[width<T>]) {
   const uint32_t word[4] = {words.x, words.y, words.z, words.w};
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

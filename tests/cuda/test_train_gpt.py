@@ -68,9 +68,8 @@ def test_a_step_of_all_optimizers():
     """Three updates from the same gradients: Muon by our products, AdamW and clipping by our kernels."""
     config = replace(PRESETS["tiny"], steps=3, clip=0.5, weight_decay=0.1)
     models = [GPT(config.model_config(96), seed=0) for _ in range(2)]
-    made = [
-        make_optimizers(m, config, torch.float32, updates(k)) for m, k in zip(models, ("torch", "cuda"), strict=True)
-    ]
+    kinds = ("torch", "cuda")
+    made = [make_optimizers(m, config, torch.float32, updates(k)) for m, k in zip(models, kinds, strict=True)]
     for step in range(3):
         norms = []
         for m, optimizers, kernels in zip(models, made, kinds, strict=True):
