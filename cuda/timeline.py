@@ -24,7 +24,7 @@ WORDS = {"load": "K or V arrives", "scores": "Q K'", "values": "P V", "softmax":
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    steps: str = field(default="4,5,6,7", metadata={"help": "of the forward ladder, by number"})
+    steps: str = field(default="4,5,6,7,8", metadata={"help": "of the forward ladder, by number"})
     head_dim: int = field(default=128, metadata={"help": "elements of a head"})
     keys: int = field(default=1024, metadata={"help": "keys; the queries are one block's"})
     out: Path = field(default=Path("results/cuda/attention_timeline.png"), metadata={"help": "the picture"})
@@ -51,7 +51,9 @@ def record(step: str, queries: int, keys: int, head_dim: int) -> list[tuple]:
 
 
 def queries_of_a_block(step: str, head_dim: int) -> int:
-    """As many as one block takes."""
+    """As many as one block takes; of a persistent step two tiles, to see the second begin while the first ends."""
+    if step in FORWARD[7:]:
+        return 256
     for queries in (192, 128, 64):
         if len({event[0] for event in record(step, queries, 64, head_dim)}) == 1:
             return queries

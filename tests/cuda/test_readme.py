@@ -1,4 +1,4 @@
-"""The chapter's Python examples do what they say."""
+"""The chapters' Python examples do what they say."""
 
 import doctest
 from pathlib import Path
@@ -9,6 +9,7 @@ pytest.importorskip("cuda._simt", reason="make native builds the kernels")
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def test_examples_of_the_readme():
-    done = doctest.testfile(str(ROOT / "cuda" / "README.md"), module_relative=False)
-    assert done.attempted >= 10 and done.failed == 0
+@pytest.mark.parametrize(("chapter", "examples"), [("cuda", 10), ("cuda/attention", 15), ("cuda/fused", 8)])
+def test_examples_of_the_readme(chapter, examples):
+    done = doctest.testfile(str(ROOT / chapter / "README.md"), module_relative=False)
+    assert done.attempted >= examples and done.failed == 0

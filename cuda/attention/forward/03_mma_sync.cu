@@ -123,7 +123,7 @@ __device__ __forceinline__ void store_rows(const float (&o)[head_dim / 2], T* pa
 }
 
 template <int head_dim, class T>
-__global__ void __launch_bounds__(threads)
+__global__ void __launch_bounds__(threads, 2)
     mma_sync(Rows<T> q, Rows<T> k, Rows<T> v, Rows<T> o, float* lse, int64_t lse_batch, int64_t lse_head, Sizes sizes,
              Rules rules) {
   constexpr int keys = Tile<head_dim>::keys;
@@ -169,8 +169,16 @@ __global__ void __launch_bounds__(threads)
     if (key < mine.last && key + keys > mine.first) {
       float x[keys / 2];
       multiply_keys<keys, head_dim>(x, q_part, shared.kv[stage][0]);
-      if (!rules.plain(s, first_query, 16, key, keys))
-        edit<keys>(x, rules, s, b, head, first_query + lane / 4, key + lane % 4 * 2);
+      if (!rules.plain(s, first_query, 16, key, keys)) {
+        const int row = first_query + lane / 4, column = key + lane % 4 * 2;
+        if constexpr (head_dim < 256) {
+          edit<keys>(x, rules, s, b, head, row, column);
+        } else {  // `edit`, one score after the other: slower, but there is no register left
+#pragma unroll
+          for (int i = 0; i < keys / 2; ++i)
+            x[i] = rules.score(s, b, head, row + 8 * (i / 2 % 2), column + 8 * (i / 4) + i % 2, x[i]);
+        }
+      }
       softmax.add<keys>(x, scale_log2, factor);
       multiply_rows<head_dim>(sums, factor);
       uint32_t p[keys / 16][4];
