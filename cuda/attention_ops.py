@@ -72,7 +72,7 @@ def attention(
 
     Packed: q (rows, H, K), k and v (rows, G, K), cu_seqlens_q and cu_seqlens_k (sequences + 1,) int32 on the same
     device: where each sequence begins, and the number of rows. Without bias. Their values are looked at, which makes a
-    CPU wait for a GPU, once for each tensor and version.
+    CPU wait for a GPU, once for each tensor and version; who writes to `.data` behind torch's back is not seen.
 
     `return_lse`: also log-sum-exp of the scores, float32 (B, H, T), packed (H, rows), natural logarithm; -inf where
     nothing is seen. It is differentiable too. `deterministic`: the gradient of q is summed in a fixed order. Dropout is
@@ -93,6 +93,8 @@ def attention(
     packed = cu_seqlens_q is not None
     longest_q = _longest("cu_seqlens_q", cu_seqlens_q, q) if packed else q.shape[2]
     longest_k = _longest("cu_seqlens_k", cu_seqlens_k, k) if packed else k.shape[2]
+    if packed:
+        cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     reach = window - 1 if window else EVERYTHING
     o, lse = _attention(
         q, k, v, sink, bias, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
@@ -197,7 +199,8 @@ _known: WeakTensorKeyDictionary = WeakTensorKeyDictionary()  # cu_seqlens -> (ve
 def _longest(name: str, starts: Tensor, x: Tensor) -> int:
     """Rows of the longest sequence."""
     rows = x.shape[0]
-    known = _known.get(starts)
+    remember = starts.is_cuda and not starts.is_inference()  # those have no version; on a CPU looking costs nothing
+    known = _known.get(starts) if remember else None
     if known and known[:2] == (starts._version, rows):
         return known[2]
     values = starts.tolist()
@@ -207,21 +210,30 @@ def _longest(name: str, starts: Tensor, x: Tensor) -> int:
     if values[0] != 0 or values[-1] != rows:
         raise ValueError(f"{name} goes from {values[0]} to {values[-1]}: expected 0 to the number of rows, {rows}")
     longest = max((after - before for before, after in pairwise(values)), default=0)
-    _known[starts] = (starts._version, rows, longest)
+    if remember:
+        _known[starts] = (starts._version, rows, longest)
     return longest
 
 
 def _prepared(name: str, x: Tensor) -> Tensor:
-    """The tensor without its gradient. Strides of dimensions of size 1 do not matter."""
+    """The tensor without its gradient. Strides of dimensions of size 1 do not matter; expanded ones are copied out."""
     if x.shape[-1] > 1 and x.stride(-1) != 1:
         raise ValueError(f"{name} has strides {x.stride()}: expected a contiguous last dimension, call .contiguous()")
-    odd = [s for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1 and s % 8]
-    if x.data_ptr() % 16 or odd:
+    strides = [s for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size > 1]
+    if x.data_ptr() % 16 or any(s % 8 for s in strides):
         raise ValueError(
             f"{name} has strides {x.stride()} and starts {x.data_ptr() % 16} bytes past a multiple of 16: expected "
             f"multiples of 8 elements and of 16 bytes, call .contiguous() or .clone()"
         )
-    return x.detach()
+    return (x if all(strides) else x.contiguous()).detach()
+
+
+def _upstream(d_o: Tensor) -> Tensor:
+    """A gradient as autograd brings it, perhaps expanded or oddly placed, as kernels take it."""
+    strides = [s for size, s in zip(d_o.shape[:-1], d_o.stride()[:-1], strict=True) if size > 1]
+    if d_o.stride(-1) == 1 and d_o.data_ptr() % 16 == 0 and all(s > 0 and s % 8 == 0 for s in strides):
+        return d_o
+    return d_o.clone(memory_format=torch.contiguous_format)
 
 
 # ---- the operation ---------------------------------------------------------------------------------------------------
@@ -324,8 +336,8 @@ def _attention_backward(
     d_sink = q.new_zeros(0 if sink is None else q.shape[1], dtype=torch.float32)
     if 0 in q.shape or longest_q == 0 or longest_k == 0:
         return dq.zero_(), dk.zero_(), dv.zero_(), d_sink
-    if d_o.stride(-1) != 1 or d_o.data_ptr() % 16 or any(s % 8 for s in d_o.stride()[:-1]):
-        d_o = d_o.contiguous()
+    d_o = _upstream(d_o)
+    q, k, v = (_prepared(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     here = place(q.device, backward_step, ANYWHERE)
     heads, total = q.shape[1], q.shape[0] if starts_q is not None else q.shape[0] * q.shape[2]
     sequences = q.shape[0] if starts_q is None else starts_q.numel() - 1
@@ -339,7 +351,7 @@ def _attention_backward(
         turns=delta.new_empty(heads * (total // 64 + sequences), dtype=torch.int32),
     )  # fmt: skip
     if sink is not None:  # the sink is a key whose value is zero: d score = -p delta
-        by_row = -torch.exp(_by_head(sink, lse) - lse) * delta
+        by_row = -torch.exp(_by_head(sink, lse) - lse.masked_fill(lse == -math.inf, math.inf)) * delta
         d_sink = by_row.sum(1) if by_row.ndim == 2 else by_row.sum((0, 2))
     return dq, dk, dv, d_sink
 

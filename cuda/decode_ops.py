@@ -191,21 +191,21 @@ def _decode(
         o.zero_()
         lse.copy_(lse.new_full((), -math.inf).expand_as(lse) if sink is None else sink[:, None].expand_as(lse))
         return o, lse
-    _, module, stream, multiprocessors = place(q.device)
+    here = place(q.device)
     longest = block_table.shape[1] * block_size  # what the lengths are is known to the GPU alone
     if window:
         longest = min(longest, window + T)
     least_keys = LEAST_KEYS if splits is None else 0
-    splits = splits or splits_of(B, G, longest, multiprocessors)
+    splits = splits or splits_of(B, G, longest, here.multiprocessors)
     parts = {}
     if splits > 1:
         parts["split_o"] = q.new_empty((splits, B * H * T, K), dtype=torch.float32)
         parts["split_state"] = q.new_empty((splits, B * H * T, 2), dtype=torch.float32)
-    module.run(
+    here.run(
         "attention_decode", q=q.detach(), k_cache=k_cache.detach(), v_cache=v_cache.detach(), block_table=block_table,
         lengths=lengths.contiguous(), sink=None if sink is None else sink.detach().contiguous(), o=o, lse=lse,
         scale=K**-0.5 if scale is None else scale, softcap=softcap,
-        left=min(window - 1, EVERYTHING) if window else EVERYTHING, splits=splits, least_keys=least_keys, stream=stream,
+        left=min(window - 1, EVERYTHING) if window else EVERYTHING, splits=splits, least_keys=least_keys,
         **parts,
     )  # fmt: skip
     return o, lse

@@ -5,7 +5,7 @@ RuntimeError: a GPU older than capability 8.0, a step that this GPU cannot run, 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from types import ModuleType
@@ -38,27 +38,41 @@ class Place(NamedTuple):
     module: ModuleType
     stream: int
     multiprocessors: int
+    device: torch.device
 
     def run(self, operation: str, **arguments) -> None:
-        """An operation of native/operation.h on this stream. Tensors that need a gradient are taken as they are."""
+        """An operation of native/operation.h. Tensors that need a gradient are taken as they are."""
         detached = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
-        self.module.run(operation, stream=self.stream, **detached)
+        with self.current():
+            self.module.run(operation, stream=self.stream, **detached)
+
+    def multiply(self, *operands, **options) -> None:
+        """`matmul` of the module."""
+        with self.current():
+            self.module.matmul(*operands, stream=self.stream, **options)
+
+    def current(self) -> AbstractContextManager:
+        """Inside, the device is the current one: from others torch hands nothing out."""
+        if self.kind == "model" or self.device.index in (None, torch.cuda.current_device()):
+            return nullcontext()
+        return torch.cuda.device(self.device)
 
 
 def place(device: torch.device, step: str | None = None, anywhere: Sequence[str] = ()) -> Place:
     """For a device; `step` is one of a ladder, of which those in `anywhere` need no Hopper GPU."""
     if device.type == "cpu":
-        return Place("model", modules.load(_model.get()), 0, 4)
+        return Place("model", modules.load(_model.get()), 0, 4, device)
     major, minor, name, multiprocessors = gpu(device)
-    if (major, minor) == (9, 0):
-        return Place("sm_90", modules.load("_sm90"), torch.cuda.current_stream(device).cuda_stream, multiprocessors)
+    hopper = (major, minor) == (9, 0)
     here = f"{name} has compute capability {major}.{minor}"
     if major < 8:
         raise RuntimeError(f"{here}: expected 8.0 or more; on the CPU every step runs, call .cpu()")
-    if step is not None and step not in anywhere:
+    if not hopper and step is not None and step not in anywhere:
         able = ", ".join(anywhere)
         raise RuntimeError(f"step {step} needs a Hopper GPU, capability 9.0, and {here}. What runs there: {able}")
-    return Place("sm_80", modules.load("_sm80"), torch.cuda.current_stream(device).cuda_stream, multiprocessors)
+    stream = torch.cuda.current_stream(device).cuda_stream
+    kind, module = ("sm_90", "_sm90") if hopper else ("sm_80", "_sm80")
+    return Place(kind, modules.load(module), stream, multiprocessors, device)
 
 
 @cache

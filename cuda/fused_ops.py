@@ -186,10 +186,10 @@ def _normalise(x, residual, gain, bias, eps: float, centred: bool) -> tuple[Tens
     y, h, mean, rstd = _empty_results(x, residual, centred)
     if x.numel() == 0:
         return y, h, mean.zero_(), rstd.zero_()
-    _, module, stream, _ = place(x.device)
+    here = place(x.device)
     rows = _rows({"x": x, "residual": residual, "y": y, "h": None if residual is None else h})
     parameters = {name: p.detach() for name, p in (("gain", gain), ("bias", bias)) if p is not None}
-    module.run("norm_forward", **rows, **parameters, mean=mean if centred else None, rstd=rstd, eps=eps, stream=stream)
+    here.run("norm_forward", **rows, **parameters, mean=mean if centred else None, rstd=rstd, eps=eps)
     return y, h, mean, rstd
 
 
@@ -237,15 +237,15 @@ def _norm_backward(
     d_x, d_gain, d_bias = _gradient_shapes(h, gain, biased)
     if h.numel() == 0:
         return d_x, d_gain.zero_(), d_bias.zero_()
-    _, module, stream, multiprocessors = place(h.device)
+    here = place(h.device)
     summed = {}
     if gain is not None:
-        shape = (BLOCKS * multiprocessors, 2 if biased else 1, -(-h.shape[-1] // 4) * 4)
+        shape = (BLOCKS * here.multiprocessors, 2 if biased else 1, -(-h.shape[-1] // 4) * 4)
         summed = {"partials": torch.empty(shape, device=h.device), "gain": gain.detach(), "d_gain": d_gain}
     if biased:
         summed["d_bias"] = d_bias
     rows = _rows({"h": h, "d_y": d_y, "d_h": d_h, "d_x": d_x})
-    module.run("norm_backward", **rows, **summed, mean=mean if mean.numel() else None, rstd=rstd, stream=stream)
+    here.run("norm_backward", **rows, **summed, mean=mean if mean.numel() else None, rstd=rstd)
     return d_x, d_gain, d_bias
 
 
@@ -312,8 +312,8 @@ def _rotary(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
     tables = _tables(x, cos, sin)
     y = _like(x)
     if x.numel():
-        _, module, stream, _ = place(x.device)
-        module.run("rotary", **_rows({"x": x, "y": y, **tables}), sign=sign, stream=stream)
+        here = place(x.device)
+        here.run("rotary", **_rows({"x": x, "y": y, **tables}), sign=sign)
     return y
 
 
@@ -346,8 +346,8 @@ def _check_pair(gate: Tensor, up: Tensor) -> None:
 def _run_activation(name: str, kind: str, given: dict[str, Tensor]) -> None:
     x = next(iter(given.values()))
     if x.numel():
-        _, module, stream, _ = place(x.device)
-        module.run(name, **_elements(given), kind=kind, stream=stream)
+        here = place(x.device)
+        here.run(name, **_elements(given), kind=kind)
 
 
 @torch.library.custom_op("groundup::swiglu", mutates_args=(), device_types=("cpu", "cuda"))
@@ -428,8 +428,8 @@ def _softmax(x: Tensor) -> Tensor:
     _check("x", {"x": x})
     y = _like(x)
     if x.numel():
-        _, module, stream, _ = place(x.device)
-        module.run("softmax_forward", **_rows({"x": x, "y": y}), stream=stream)
+        here = place(x.device)
+        here.run("softmax_forward", **_rows({"x": x, "y": y}))
     return y
 
 
@@ -443,8 +443,8 @@ def _(x):
 def _softmax_backward(d_y: Tensor, y: Tensor) -> Tensor:
     d_x = _like(y)
     if y.numel():
-        _, module, stream, _ = place(y.device)
-        module.run("softmax_backward", **_rows({"y": y, "d_y": d_y, "d_x": d_x}), stream=stream)
+        here = place(y.device)
+        here.run("softmax_backward", **_rows({"y": y, "d_y": d_y, "d_x": d_x}))
     return d_x
 
 

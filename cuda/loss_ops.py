@@ -208,8 +208,8 @@ def _scales(count: Tensor, z_loss: float, rows: int) -> Tensor:
 def _run_one_pass(logits, targets, gradient, losses, statistics, scales, softcap, z_loss, ignore_index) -> None:
     if logits.shape[0] == 0:
         return
-    _, module, stream, _ = place(logits.device)
-    module.run(
+    here = place(logits.device)
+    here.run(
         "cross_entropy",
         logits=logits,
         targets=targets,
@@ -221,7 +221,6 @@ def _run_one_pass(logits, targets, gradient, losses, statistics, scales, softcap
         ignore_index=ignore_index,
         skip_ignored=z_loss == 0,
         shared_bytes=_shared_bytes(logits.device),
-        stream=stream,
     )
 
 
@@ -263,8 +262,8 @@ def _cross_entropy_gradient(
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0] == 0:
         return gradient
-    _, module, stream, _ = place(logits.device)
-    module.run(
+    here = place(logits.device)
+    here.run(
         "cross_entropy_gradient",
         logits=_rows(logits.detach()),
         targets=targets,
@@ -274,7 +273,6 @@ def _cross_entropy_gradient(
         softcap=softcap,
         ignore_index=ignore_index,
         skip_ignored=z_loss == 0,
-        stream=stream,
     )
     return gradient
 
@@ -305,12 +303,12 @@ _cross_entropy.register_autograd(_backward_cross_entropy, setup_context=_save_cr
 def _multiply_into(d: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
     """d = a @ b + bias, or d += a @ b, by the step that ops.matmul would take. One thread reads and writes an element
     of d, so it may be added to where it lies."""
-    kind, module, stream, multiprocessors = place(a.device)
+    here = place(a.device)
     tma = a.dtype != torch.float32 and dispatch.describable(a) and dispatch.describable(b)
-    layout = {"tma": tma, "row_column": dispatch.row_column(a, b), "multiprocessors": multiprocessors}
-    step, tiling = dispatch.choose(kind, a.dtype, 1, a.shape[0], b.shape[1], a.shape[1], **layout)
+    layout = {"tma": tma, "row_column": dispatch.row_column(a, b), "multiprocessors": here.multiprocessors}
+    step, tiling = dispatch.choose(here.kind, a.dtype, 1, a.shape[0], b.shape[1], a.shape[1], **layout)
     c, beta = (d, 1.0) if add else (None, 0.0)
-    module.matmul(step, a, b, d, c=c, bias=bias, beta=beta, tiling=tiling, stream=stream)
+    here.multiply(step, a, b, d, c=c, bias=bias, beta=beta, tiling=tiling)
 
 
 @torch.library.custom_op("groundup::linear_cross_entropy", mutates_args=(), device_types=("cpu", "cuda"))
@@ -396,9 +394,9 @@ def _embedding(tokens: Tensor, table: Tensor) -> Tensor:
     _check_range("token", tokens, table.shape[0], None)
     rows = torch.empty(tokens.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
     if tokens.shape[0]:
-        _, module, stream, _ = place(table.device)
+        here = place(table.device)
         table = table.detach().contiguous()
-        module.run("embedding", table=table, tokens=tokens.contiguous(), rows=rows, stream=stream)
+        here.run("embedding", table=table, tokens=tokens.contiguous(), rows=rows)
     return rows
 
 
@@ -413,17 +411,16 @@ def _embedding_backward(grad: Tensor, tokens: Tensor, entries: int) -> Tensor:
     gradient = torch.zeros(entries, columns, dtype=grad.dtype, device=grad.device)
     if count == 0:
         return gradient
-    _, module, stream, _ = place(grad.device)
+    here = place(grad.device)
     ordered, places = tokens.to(torch.int32).sort(stable=True)  # 32 bits: half as many passes of a radix sort
     partial = torch.empty(-(-count // PIECE), 2, columns, device=grad.device)
-    module.run(
+    here.run(
         "embedding_backward",
         gradient=gradient,
         rows=grad.detach().contiguous(),
         tokens=ordered,
         places=places,
         partial=partial,
-        stream=stream,
     )
     return gradient
 

@@ -178,19 +178,17 @@ def _matmul(
     a, b, c, bias = (x if x is None else x.detach() for x in (a, b, c, bias))
     if a.shape[-1] == 0 or 0 in shape:
         return _empty_product(a, b, c, bias, alpha, beta, activation, shape).to(out_dtype)
-    kind, module, stream, multiprocessors = place(a.device, step, dispatch.WITHOUT_HOPPER)
+    here = place(a.device, step, dispatch.WITHOUT_HOPPER)
     tiling = None
     if step is None:
         batch, (m, n) = (shape[0] if len(shape) == 3 else 1), (a.shape[-2], b.shape[-1])
         tma = a.dtype != torch.float32 and dispatch.describable(a) and dispatch.describable(b)
         layout = {"tma": tma, "row_column": dispatch.row_column(a, b)}
         step, tiling = dispatch.choose(
-            kind, a.dtype, batch, m, n, a.shape[-1], **layout, multiprocessors=multiprocessors
+            here.kind, a.dtype, batch, m, n, a.shape[-1], **layout, multiprocessors=here.multiprocessors
         )
     d = torch.empty(shape, dtype=out_dtype, device=a.device)
-    module.matmul(
-        step, a, b, d, c=c, bias=bias, alpha=alpha, beta=beta, activation=activation, tiling=tiling, stream=stream
-    )
+    here.multiply(step, a, b, d, c=c, bias=bias, alpha=alpha, beta=beta, activation=activation, tiling=tiling)
     return d
 
 

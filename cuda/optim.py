@@ -109,8 +109,8 @@ class _Tables:
         self.memory = list(chain(*tensors)) if self.device.type == "cpu" else None
 
     def run(self, operation: str, **arguments) -> None:
-        _, module, stream, _ = place(self.device)
-        module.run(operation, tensors=self.table, chunks=self.chunks, memory=self.memory, stream=stream, **arguments)
+        here = place(self.device)
+        here.run(operation, tensors=self.table, chunks=self.chunks, memory=self.memory, **arguments)
 
 
 class _Batch:
@@ -186,6 +186,10 @@ class AdamW(torch.optim.Optimizer):
             raise ValueError(f"betas {betas}: expected two numbers from 0 to below 1")
         self._plans: dict[int, tuple[list[Tensor], list[_Batch]]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    def __setstate__(self, state: dict) -> None:  # of a copy or a pickle: its tables are made again
+        super().__setstate__(state)
+        self._plans = {}
 
     def add_param_group(self, param_group: dict) -> None:
         super().add_param_group(param_group)

@@ -51,9 +51,9 @@ Tensor tensor_of(const View& x, const Sizes& s, bool of_queries, DataType type) 
   x.expect_type({type});
   if (x.stride[x.rank - 1] != 1)
     x.refuse("strides " + x.strides() + ": expected a contiguous last dimension; call .contiguous()");
-  for (int i = 0; i + 1 < x.rank; ++i)
-    if (x.size[i] > 1 && (x.stride[i] % 8 || x.stride[i] < 0))
-      x.refuse("strides " + x.strides() + ": expected multiples of 8, which are 16 bytes; call .contiguous()");
+  for (int i = 0; i + 1 < x.rank; ++i)  // 0 would do for threads, but TMA knows no such stride
+    if (x.size[i] > 1 && (x.stride[i] % 8 || x.stride[i] <= 0))
+      x.refuse("strides " + x.strides() + ": expected positive multiples of 8, which are 16 bytes; call .contiguous()");
   x.expect_aligned(16);
   const auto stride = [&](int i) { return x.size[i] > 1 ? x.stride[i] : 0; };
   if (s.packed) return {x.data, 0, stride(0), stride(1)};
@@ -135,6 +135,7 @@ struct Step {
 void run_forward(const Arguments& given) {
   using namespace forward;
   const std::string& name = given.word("step");
+  for (const char* written : {"o", "lse"}) given.array(written).expect_writable();
   const Problem p = problem_of(given);
   if (nothing_to_do(p)) throw std::invalid_argument("q, k: expected queries and keys");
   if (name == "naive_01" && naive_01) {
@@ -158,6 +159,7 @@ struct BackwardStep {
 void run_backward(const Arguments& given) {
   using namespace backward;
   const std::string& name = given.word("step");
+  for (const char* written : {"dq", "dk", "dv", "delta", "dq_sum", "turns"}) given.array(written).expect_writable();
   Backward b = {};
   b.forward = problem_of(given);
   const Problem& p = b.forward;

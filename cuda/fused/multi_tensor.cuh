@@ -30,7 +30,7 @@ PTX_INLINE float load_one(int64_t address, int64_t type, int64_t i) {
 
 PTX_INLINE void load_four(int64_t address, int64_t type, int64_t i, float (&x)[4]) {
   if (type == type_f32) {
-    unpack<float>(*reinterpret_cast<const uint4*>(address + 4 * i), x);
+    unpack<float>(ptx::load_v4(reinterpret_cast<const void*>(address + 4 * i)), x);
     return;
   }
   const uint2 words = *reinterpret_cast<const uint2*>(address + 2 * i);
@@ -48,7 +48,7 @@ PTX_INLINE void store_one(int64_t address, int64_t type, int64_t i, float x) {
 }
 
 PTX_INLINE void store_four(int64_t address, int64_t type, int64_t i, const float (&x)[4]) {
-  if (type == type_f32) *reinterpret_cast<uint4*>(address + 4 * i) = pack<float>(x);
+  if (type == type_f32) ptx::store_v4(reinterpret_cast<void*>(address + 4 * i), pack<float>(x));
   else if (type == type_bf16)
     *reinterpret_cast<uint2*>(address + 2 * i) = make_uint2(ptx::pack_bf16(x[0], x[1]), ptx::pack_bf16(x[2], x[3]));
   else *reinterpret_cast<uint2*>(address + 2 * i) = make_uint2(ptx::pack_f16(x[0], x[1]), ptx::pack_f16(x[2], x[3]));

@@ -76,10 +76,13 @@ def cases(device: str, tokens: int, width: int, words: int) -> Iterator[Case]:
     q = normal(1, N, heads, K).transpose(1, 2)
     angle = torch.rand(N, K // 2, device=device) * 6
     cos, sin = (torch.cat([t, t], -1).to(BF16) for t in (angle.cos(), angle.sin()))
-    yield Case("rotary", (q,), lambda q: fused_ops.rotary(q, cos, sin), lambda q: rotate(q, cos, sin), 2 * row)
+    for backward in (False, True):
+        yield Case(
+            "rotary", (q,), lambda q: fused_ops.rotary(q, cos, sin), lambda q: rotate(q, cos, sin), 2 * row, backward
+        )
     del q, residual
     yield from _of_words(device, min(N, 8192), V, normal)
-    yield from _of_parameters(device, 12 * C * C, normal)
+    yield from _of_parameters(device, 12 * C * C)
 
 
 def _of_words(device: str, N: int, V: int, normal: Callable[..., Tensor]) -> Iterator[Case]:
@@ -88,11 +91,15 @@ def _of_words(device: str, N: int, V: int, normal: Callable[..., Tensor]) -> Ite
     def torchs(logits: Tensor) -> Tensor:
         return F.cross_entropy(logits.float(), targets)
 
+    def torchs_in_place(logits: Tensor) -> Tensor:
+        leaf = logits.detach().requires_grad_()
+        return torch.autograd.grad(torchs(leaf), leaf)[0]
+
     yield Case("cross_entropy", (logits,), lambda x: loss_ops.cross_entropy(x, targets), torchs, N * V * 2)
     yield Case("cross_entropy", (logits,), lambda x: loss_ops.cross_entropy(x, targets), torchs, 2 * N * V * 2, True)
     yield Case("cross_entropy and gradient, in place", (logits.clone(),),
                lambda x: loss_ops.cross_entropy_(x, targets),
-               lambda x: torch.autograd.grad(torchs(x.requires_grad_()), x)[0], 2 * N * V * 2)  # fmt: skip
+               torchs_in_place, 2 * N * V * 2)  # fmt: skip
     del logits
     table, tokens = normal(V, 256, dtype=torch.float32), torch.randint(V, (4 * N,), device=device)
     moved = 4 * N * 256 * 4
@@ -100,13 +107,14 @@ def _of_words(device: str, N: int, V: int, normal: Callable[..., Tensor]) -> Ite
     yield Case("embedding", (tokens, table), loss_ops.embedding, F.embedding, moved + V * 256 * 4, True)
 
 
-def _of_parameters(device: str, count: int, normal: Callable[..., Tensor]) -> Iterator[Case]:
+def _of_parameters(device: str, count: int) -> Iterator[Case]:
     """24 matrices with float32 gradients: read p, g, m, v, write p, m, v."""
 
     def parameters() -> list[Tensor]:
-        made = [normal(count // 24, dtype=torch.float32).requires_grad_() for _ in range(24)]
+        generator = torch.Generator(device).manual_seed(0)  # both sides alike
+        made = [torch.randn(count // 24, device=device, generator=generator).requires_grad_() for _ in range(24)]
         for p in made:
-            p.grad = torch.randn_like(p)
+            p.grad = torch.randn(p.shape, device=device, generator=generator)
         return made
 
     mine, theirs = parameters(), parameters()

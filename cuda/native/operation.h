@@ -7,6 +7,7 @@
 // operation is given is checked by the operation, since a wrong size is a wild write. No CUDA and no Python in here.
 #pragma once
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -28,7 +29,9 @@ class Arguments {
   }
   const View* optional(const char* name) const {  // null: not given, or None
     const auto found = arrays.find(name);
-    return found == arrays.end() || found->second.size() != 1 ? nullptr : &found->second[0];
+    if (found == arrays.end()) return nullptr;
+    if (found->second.size() != 1) throw std::invalid_argument(std::string(name) + ": expected one array, not a list");
+    return &found->second[0];
   }
   const std::vector<View>& list(const char* name) const {
     const auto found = arrays.find(name);

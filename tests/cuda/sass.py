@@ -10,13 +10,18 @@ import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
+MODULE = next((path for suffix in EXTENSION_SUFFIXES if (path := ROOT / f"cuda/_sm90{suffix}").exists()), None)
 # Never -arch=sm_90a: that also makes an image for compute_90, where wgmma and setmaxnreg do not exist.
 NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=compute_90a,code=sm_90a"]
-INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z]\w*(?:\.\w+)*)", re.MULTILINE)
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*?)\s*;", re.MULTILINE)
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 SOURCE = re.compile(r"_\d+_(\d\d)_\w+?_cu_[0-9a-f]{8}")  # the file's name stands after its length
@@ -35,11 +40,11 @@ class Kernel:
     local: int
     ladder: str = ""  # "matmul", "forward" or "backward" of attention, "attention", "fused"
     step: str = ""  # "12"
-    code: tuple[str, ...] = ()  # the opcodes, in the order of their addresses
+    code: tuple[str, ...] = ()  # the instructions without their predicates, in the order of their addresses
 
     def count(self, pattern: str) -> int:
-        """How many instructions have an opcode that begins so (a regular expression)."""
-        return sum(re.match(pattern, opcode) is not None for opcode in self.code)
+        """How many instructions begin so (a regular expression): opcode, blank, operands."""
+        return sum(re.match(pattern, instruction) is not None for instruction in self.code)
 
 
 def tool(name: str) -> str | None:
@@ -58,6 +63,18 @@ def missing(*names: str) -> str:
     return f"no {' and no '.join(lacking)} on this machine" if lacking else ""
 
 
+def built_kernels(*ladders: str) -> list[Kernel]:
+    """The kernels of these ladders in cuda/_sm90, without their instructions. Skips the test that asks where the module
+    is not there, is older than its sources, or cannot be read."""
+    if reason := missing("cuobjdump", "nvdisasm"):
+        pytest.skip(reason)
+    if MODULE is None:
+        pytest.skip("no cuda/_sm90: make native builds it where there is nvcc")
+    if MODULE.stat().st_mtime < max(path.stat().st_mtime for path in (ROOT / "cuda").glob("*/**/*.cu*")):
+        pytest.skip("cuda/_sm90 is older than its sources: make native")
+    return [kernel for kernel in kernels(MODULE) if kernel.ladder in ladders]
+
+
 def kernels(path: Path) -> list[Kernel]:
     """The Hopper kernels of an object file or a module, without their instructions."""
     found = USAGE.findall(_cuobjdump("--dump-resource-usage", str(path)))
@@ -65,12 +82,19 @@ def kernels(path: Path) -> list[Kernel]:
 
 
 def disassemble(path: Path, wanted: list[Kernel]) -> list[Kernel]:
-    """The same kernels with their code."""
-    if not wanted:
-        return []
-    text = _cuobjdump("--dump-sass", "--function", ",".join(kernel.name for kernel in wanted), str(path))
-    parts = FUNCTION.split(text)  # before the first, name, code, name, code, ...
-    found = {name: tuple(INSTRUCTION.findall(code)) for name, code in zip(parts[1::2], parts[2::2], strict=True)}
+    """The same kernels with their code. cuobjdump takes most of a second for a large one: several run side by side."""
+
+    def text(names: list[str]) -> str:
+        return _cuobjdump("--dump-sass", "--function", ",".join(names), str(path))
+
+    names = [kernel.name for kernel in wanted]
+    count = min(len(names), os.cpu_count() or 1, 4)
+    found = {}
+    with ThreadPoolExecutor(max(count, 1)) as pool:
+        for each in pool.map(text, [names[i::count] for i in range(count)]):
+            parts = FUNCTION.split(each)  # before the first, name, code, name, code, ...
+            for name, code in zip(parts[1::2], parts[2::2], strict=True):
+                found[name] = tuple(INSTRUCTION.findall(code))
     return [replace(kernel, code=found[kernel.name]) for kernel in wanted]
 
 
@@ -96,6 +120,18 @@ def memory_faults(kernel: Kernel) -> list[str]:
     return [f"{kernel.name}: {number} {what}" for what, number in numbers.items() if number]
 
 
+def plan_faults(kernel: Kernel, wanted: dict[str, int], registers: int) -> list[str]:
+    """What a kernel lacks of the instructions that it must have, at least so often, and the faults none may have."""
+    faults = [
+        f"{kernel.name}: {kernel.count(pattern)} {pattern}, expected {least} or more"
+        for pattern, least in wanted.items()
+        if kernel.count(pattern) < least
+    ]
+    if kernel.registers > registers:
+        faults.append(f"{kernel.name}: {kernel.registers} registers, expected {registers} or fewer")
+    return faults + memory_faults(kernel) + serialised(kernel) + unfenced_stores(kernel)
+
+
 def serialised(kernel: Kernel) -> list[str]:
     """wgmmas that wait for one another: ptxas then puts a wait (DEPBAR) after each one. Two to a wait at the least."""
     waits, products = kernel.count(r"WARPGROUP\.DEPBAR"), kernel.count("HGMMA")
@@ -107,7 +143,8 @@ def serialised(kernel: Kernel) -> list[str]:
 def unfenced_stores(kernel: Kernel) -> list[str]:
     """TMA stores before which no fence makes what stmatrix wrote visible to TMA."""
     faults, written = [], False
-    for opcode in kernel.code:
+    for instruction in kernel.code:
+        opcode = instruction.split()[0]
         if opcode.startswith("UTMASTG") and written:
             faults.append(f"{kernel.name}: {opcode} after STSM without FENCE.VIEW.ASYNC between")
         written = opcode.startswith("STSM") or (written and not opcode.startswith("FENCE.VIEW.ASYNC"))

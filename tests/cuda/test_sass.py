@@ -5,7 +5,6 @@ waits between wgmmas. The checks themselves are tried on kernels that are broken
 """
 
 import re
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,6 @@ import pytest
 from cuda.native import ptxas
 from tests.cuda import sass
 
-MODULE = next((path for suffix in EXTENSION_SUFFIXES if (path := sass.ROOT / f"cuda/_sm90{suffix}").exists()), None)
 SOURCES = sorted((sass.ROOT / "cuda/matmul").glob("*.cu"))
 # Of bf16 and of float32, the kernels that are read: both operands along k, or both across it. Not the small
 # tiles of 07 and 08 and what they have for addresses of any alignment, which have less of everything.
@@ -42,13 +40,7 @@ PLAN = {
 
 @pytest.fixture(scope="module")
 def ladder() -> list[sass.Kernel]:
-    if reason := sass.missing("cuobjdump", "nvdisasm"):
-        pytest.skip(reason)
-    if MODULE is None:
-        pytest.skip("no cuda/_sm90: make native builds it where there is nvcc")
-    if MODULE.stat().st_mtime < max(path.stat().st_mtime for path in (sass.ROOT / "cuda").glob("*/**/*.cu*")):
-        pytest.skip("cuda/_sm90 is older than its sources: make native")
-    return [kernel for kernel in sass.kernels(MODULE) if kernel.ladder == "matmul"]
+    return sass.built_kernels("matmul")
 
 
 @pytest.fixture
@@ -67,23 +59,12 @@ def test_no_kernel_keeps_registers_in_memory(ladder):
 
 
 def test_ptxas_had_nothing_to_remark():
-    if MODULE is None:
+    if sass.MODULE is None:
         pytest.skip("no cuda/_sm90: make native builds it where there is nvcc")
     reports = list(sass.ROOT.glob("build/native-*/cuda/native/CMakeFiles/kernels_*.dir/**/*.ptxas.txt"))
     if not reports:
         pytest.skip("cuda/_sm90 was not built in this folder")
     assert [line for path in reports for line in sass.complaints(path.read_text())] == []
-
-
-def plan_faults(kernel: sass.Kernel, wanted: dict[str, int], registers: int) -> list[str]:
-    faults = [
-        f"{kernel.name}: {kernel.count(pattern)} {pattern}, expected {least} or more"
-        for pattern, least in wanted.items()
-        if kernel.count(pattern) < least
-    ]
-    if kernel.registers > registers:
-        faults.append(f"{kernel.name}: {kernel.registers} registers, expected {registers} or fewer")
-    return faults + sass.memory_faults(kernel) + sass.serialised(kernel) + sass.unfenced_stores(kernel)
 
 
 @pytest.mark.parametrize("step", PLAN)
@@ -94,8 +75,8 @@ def test_a_step_is_made_of_its_instructions(ladder, step):
         if kernel.step == step and READ.search(kernel.name) and not LEFT_OUT.search(kernel.name)
     ]
     assert len(chosen) >= 2, f"no two kernels of {step} have the layouts of {READ.pattern}"
-    kernels = sass.disassemble(MODULE, chosen)
-    assert [fault for kernel in kernels for fault in plan_faults(kernel, *PLAN[step])] == []
+    kernels = sass.disassemble(sass.MODULE, chosen)
+    assert [fault for kernel in kernels for fault in sass.plan_faults(kernel, *PLAN[step])] == []
 
 
 def test_the_last_step_is_made_of_its_instructions(ladder):
@@ -103,12 +84,12 @@ def test_the_last_step_is_made_of_its_instructions(ladder):
     chosen = {kernel: match for kernel in ladder if (match := BEST.search(kernel.name))}
     assert {(match[2], match[3]) for match in chosen.values()} >= {("256", "2"), ("128", "2"), ("64", "1")}
     faults = []
-    for kernel, match in zip(sass.disassemble(MODULE, list(chosen)), chosen.values(), strict=True):
+    for kernel, match in zip(sass.disassemble(sass.MODULE, list(chosen)), chosen.values(), strict=True):
         consumers, tile_n, cluster = map(int, match.groups())
         wanted = WARPGROUP | {rf"HGMMA\.64x{tile_n}x16\.F32\.BF16": 4, "STSM": 1, "UTMASTG": 1}
         wanted |= {"USETMAXREG": 2} if consumers > 1 else {}
         wanted |= {r"UTMALDG\.3D\.MULTICAST": 1} if cluster > 1 else {}
-        faults += plan_faults(kernel, wanted, {1: 255, 2: 168, 3: 128}[consumers])
+        faults += sass.plan_faults(kernel, wanted, {1: 255, 2: 168, 3: 128}[consumers])
     assert faults == []
 
 
@@ -116,9 +97,9 @@ def test_the_last_step_shares_k_by_its_cluster(ladder):
     chosen = {kernel: match for kernel in ladder if (match := SPLIT.search(kernel.name))}
     assert chosen
     faults = []
-    for kernel, match in zip(sass.disassemble(MODULE, list(chosen)), chosen.values(), strict=True):
+    for kernel, match in zip(sass.disassemble(sass.MODULE, list(chosen)), chosen.values(), strict=True):
         wanted = WARPGROUP | {rf"HGMMA\.64x{match[2]}x16\.F32\.BF16": 4, "UCGABAR_ARV": 1}
-        faults += plan_faults(kernel, wanted, 255)
+        faults += sass.plan_faults(kernel, wanted, 255)
     assert faults == []
 
 
@@ -155,8 +136,8 @@ def test_a_sound_product_passes(compile_here):
     target, report = compile_here(product(1, 64))
     kernel = sass.disassemble(target, sass.kernels(target))[0]
     assert sass.complaints(report) == ptxas.faults(report) == []
-    assert plan_faults(kernel, {r"HGMMA\.64x64x16\.F32\.BF16": 4, r"WARPGROUP\.ARRIVE": 1}, 168) == []
-    assert plan_faults(kernel, {"UTMALDG": 1}, 32) == [
+    assert sass.plan_faults(kernel, {r"HGMMA\.64x64x16\.F32\.BF16": 4, r"WARPGROUP\.ARRIVE": 1}, 168) == []
+    assert sass.plan_faults(kernel, {"UTMALDG": 1}, 32) == [
         f"{kernel.name}: 0 UTMALDG, expected 1 or more",
         f"{kernel.name}: {kernel.registers} registers, expected 32 or fewer",
     ]
@@ -175,7 +156,7 @@ def test_a_tile_too_large_for_a_warpgroup_is_seen(compile_here):
     target, report = compile_here(product(2, 256))  # 256 accumulators a thread: none is left to count with
     kernel = sass.disassemble(target, sass.kernels(target))[0]
     assert any("spill stores" in line for line in sass.complaints(report)) and ptxas.faults(report)
-    assert len(sass.memory_faults(kernel)) >= 3 and plan_faults(kernel, {}, 168)
+    assert len(sass.memory_faults(kernel)) >= 3 and sass.plan_faults(kernel, {}, 168)
 
 
 @pytest.mark.slow

@@ -25,6 +25,12 @@ NOT_LANDED = rf"in flight|mbarrier was not waited for|{UNWRITTEN}"
 RELEASED = r"TMA load overwrites .* which the wgmma .* may still read|is not ordered after|more arrivals than"
 NOT_INITIALISED = r"mbarrier smem\+0x\w+ .*is used without a barrier after its mbarrier\.init"
 DIVERGED = r"lanes of one warp execute different \.aligned instructions"
+TOUCHED = r"registers of the wgmma issued at .* are touched before wgmma_wait_group"
+ARRIVALS_LEFT = r"named barrier \d of block .* is left with 128 of 256 arrivals"
+TURNS_OVERLAP = (
+    r"reductions to sum\+.* take turns: that of thread 0 .* of block \(1,0,0\), issued at \S+, may not be over when "
+    r"that of thread 0 .* of block \([23],0,0\), issued at \S+, begins\n  bulk_wait_group"
+)
 ALWAYS, SOMETIMES, NEVER = "in every configuration", "in some configuration", "in none"
 
 # (kernel, mistake): (what the report says, where the fast build shows it by a report or by wrong numbers)
@@ -115,6 +121,27 @@ EXPECTED = {
     ),
     ("cluster", "remote_read_race"): (rf"{UNWRITTEN}|{RACE}", SOMETIMES),
     ("cluster", "half_of_the_bytes"): (rf"{NOT_LANDED}|{RELEASED}|{DEADLOCK}", ALWAYS),
+    ("attention", "no_first_turn"): (rf"{DEADLOCK}(.|\n)*named barrier 1 \(128 of 256 threads arrived\)", ALWAYS),
+    ("attention", "turn_not_given"): (rf"{DEADLOCK}(.|\n)*named barrier 2 \(128 of 256 threads arrived\)", ALWAYS),
+    ("attention", "turn_given_twice"): (rf"{DEADLOCK}(.|\n)*named barrier [12] |{ARRIVALS_LEFT}", ALWAYS),
+    ("attention", "last_turn_given_too"): (ARRIVALS_LEFT, ALWAYS),
+    ("attention", "scores_read_early"): (TOUCHED, ALWAYS),
+    ("attention", "probabilities_overwritten"): (TOUCHED, NEVER),
+    ("attention", "output_scaled_early"): (TOUCHED, SOMETIMES),
+    ("attention", "no_fence_after_softmax"): (r"wgmma without a wgmma\.fence since its registers were touched", NEVER),
+    ("attention", "k_released_early"): (RELEASED, SOMETIMES),
+    ("attention", "v_released_early"): (RELEASED, SOMETIMES),
+    ("attention", "v_not_waited_for"): (rf"{NOT_LANDED}|{RELEASED}", SOMETIMES),
+    ("attention", "no_fence_before_output_store"): (r"no fence\.proxy\.async between the write to", ALWAYS),
+    ("attention", "staging_refilled_early"): (rf"{RACE}(.|\n)*bulk_wait_group", SOMETIMES),
+    ("turns", "turn_passed_early"): (TURNS_OVERLAP, SOMETIMES),
+    ("turns", "turn_passed_after_reading"): (TURNS_OVERLAP, SOMETIMES),
+    ("turns", "turn_passed_early_in_order"): (TURNS_OVERLAP, NEVER),
+    ("turns", "turn_passed_early_among_loads"): (TURNS_OVERLAP, NEVER),
+    ("turns", "turn_not_passed"): (r"every thread that can run spins", ALWAYS),
+    ("turns", "turn_not_awaited"): (rf"{RACE}|every thread that can run spins", SOMETIMES),
+    ("turns", "turn_awaited_by_another_thread"): (rf"{RACE}|every thread that can run spins", ALWAYS),
+    ("turns", "reduce_source_overwritten"): (rf"{RACE}(.|\n)*bulk_wait_group", NEVER),
     ("misuse", "barrier_count_differs"): (r"named barrier 1: it expects \d+ threads here, but \d+ where", ALWAYS),
     ("misuse", "barrier_count_odd"): (r"named barrier 1: 100 threads, not a multiple of 32", ALWAYS),
     ("misuse", "missing_at_barrier"): (rf"{DEADLOCK}(.|\n)*named barrier 1 \(96 of 128 threads arrived\)", ALWAYS),
@@ -168,6 +195,10 @@ SILENT = {
     "wgmma_chain",
     "relaxed_init",
     "arrive_and_exit",
+    "blocks_in_order",
+    "adds_without_turns",
+    "adds_without_turns_in_order",
+    "adds_within_a_cluster",
     "clock_wait",
     "mixed_barrier_zero",
     "partial_warp",

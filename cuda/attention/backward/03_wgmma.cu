@@ -58,11 +58,13 @@ PTX_INLINE void add_piece(const float (&dq)[piece / warpgroup], float* to, const
     ptx::named_barrier_sync(1 + group, warpgroup);
   }
 #pragma unroll
-  for (int i = 0; i < piece / warpgroup; ++i) atomicAdd(to + i * warpgroup + thread, dq[i]);
+  for (int i = 0; i < piece / warpgroup; ++i) ptx::red_add(to + thread + i * warpgroup, dq[i]);
   if (given.turns) {
-    __threadfence();
     ptx::named_barrier_sync(1 + group, warpgroup);
-    if (thread == 0) atomicAdd(walk.turn(given), 1u);
+    if (thread == 0) {
+      __threadfence();  // of all sums: the barrier has brought them here
+      atomicAdd(walk.turn(given), 1u);
+    }
   }
 }
 

@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(S::threads, 1)
     ptx::wgmma_commit_group();
     const Scores<T, queries> scores{given,     walk.s, walk.b, walk.head, walk.first_key + own, walk.first_query(),
                                     shared.lse[stage], shared.delta[stage]};
+    ptx::named_barrier_sync(2 + group, warpgroup);  // for all four warps dV of the step before has read p
     scores.probabilities(x, [&](int j, const auto& p) { store_operand<keys>(shared.p, p, own, j); });
     ptx::fence_proxy_async();
     ptx::named_barrier_sync(2 + group, warpgroup);

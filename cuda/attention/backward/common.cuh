@@ -72,7 +72,7 @@ template <int n>
 PTX_INLINE void add_patches(float* tile, const float (&x)[4 * n], int row, int column, int head_dim) {
   float* const to = tile + Patches::patch(row, column, head_dim) + threadIdx.x % 32;
 #pragma unroll
-  for (int i = 0; i < 4 * n; ++i) atomicAdd(to + 32 * i, x[i]);
+  for (int i = 0; i < 4 * n; ++i) ptx::red_add(to + 32 * i, x[i]);
 }
 
 // dq_sum and the turns of all heads become zero.

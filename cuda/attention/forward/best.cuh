@@ -219,6 +219,8 @@ PTX_INLINE void consume(typename S::Shared& shared, int number, const Maps& maps
     softmax.finish(rules.scale * log2_e, rules.sink ? rules.sink[tile.head] : -INFINITY, factor, lse);
     multiply_rows<S::head_dim>(o, factor);
     typename S::T* const staged = shared.q[S::first_output + number];
+    static_assert(S::room || !S::take_turns, "named barrier 1 + number is free");
+    if (!S::room) ptx::named_barrier_sync(1 + number, warpgroup);  // for all four warps the products have read the queries
     store_output<S::head_dim>(staged, &maps.o, out, tile, tile.row + 64 * number, packed, o);
     float* const to = results.lse + tile.batch * results.lse_batch + tile.head * results.lse_head + tile.s.first_query;
 #pragma unroll

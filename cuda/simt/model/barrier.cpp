@@ -54,6 +54,8 @@ Barrier& enter(Cta& block, int id, int threads, Site site) {
   Thread& thread = *self();
   if (!is_full(block, barrier)) check::release(barrier.clock, thread);
   barrier.arrived += weight(thread, threads);
+  barrier.last = &thread;
+  barrier.last_site = site;
   return barrier;
 }
 
@@ -154,6 +156,19 @@ void leave_barriers(Thread& thread) {
   if (block.gang->blocks.size() > 1) check::release(cluster.clock, thread);
   if (barrier.arrived && !barrier.expected && is_complete(block, barrier)) complete(block, barrier, nullptr);
   complete_if_all_arrived(cluster);
+}
+
+// All threads have exited: whoever synced has been let through, so what is left has come by bar.arrive.
+std::string barrier_leftover(const Cta& block) {
+  for (int id = 0; id < 16; ++id) {
+    const Barrier& barrier = block.barriers[id];
+    if (!barrier.arrived) continue;
+    return "named barrier " + std::to_string(id) + " of " + block_name(block) + ", which has ended, is left with " +
+           std::to_string(barrier.arrived) + " of " + std::to_string(barrier.expected) +
+           " arrivals: nobody waits for them; the last is that of " + describe(*barrier.last) + " at " +
+           at(barrier.last_site);
+  }
+  return "";
 }
 
 // ---- warps ---------------------------------------------------------------------------------------------------------

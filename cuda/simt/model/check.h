@@ -19,7 +19,8 @@ struct Gang;
 
 namespace simt::model::check {
 
-enum class Agent { tma, wgmma, cp_async };  // who accesses memory on a thread's behalf
+// Who accesses memory on a thread's behalf; tma_write: the second half of a store, to global memory.
+enum class Agent { tma, tma_write, wgmma, cp_async };
 
 #if defined(SIMT_CHECKED)
 struct Clock;  // check_clocks.h

@@ -138,6 +138,7 @@ void async_access(Snapshot& snapshot, const void* pointer, size_t bytes, bool wr
   access.clock = snapshot.clock.get();
   access.atomic = atomic;
   access.async = clocks.kind(snapshot.agent) != Agent::cp_async;
+  if (atomic) clocks.reductions[{clocks.gang, snapshot.agent, snapshot.tick}] = snapshot.clock;
   const Thread& issuer = worker->gang.threads[snapshot.clock->issuer];
   if (!shared) return check_located(access, locate(pointer, bytes, write, issuer));
   const char* const async_view = shared->shared_async;

@@ -3,11 +3,14 @@
 // vector, so meeting at a barrier costs each of them a pointer, not a vector.
 //
 // Agents of a gang of n threads: [0, n) the threads, then `lanes` for TMA operations (round robin, so that those in
-// flight together have different ones), then one per warpgroup, then one per thread for its cp.async.
+// flight together have different ones; who knows an operation knows all before it in its lane, so what stores write has
+// the last lanes to itself: or to have waited for some later load would do), then one per warpgroup, then one per thread for its cp.async.
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <memory>
+#include <tuple>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -60,22 +63,30 @@ struct MbarrierClock {
   Site site{"?", 0};  // of its mbarrier.init
 };
 
+struct ReductionId {  // by TMA: atomic additions, in no order unless turns give them one
+  uint32_t gang, agent, tick;
+  bool operator<(const ReductionId& other) const {
+    return std::tie(gang, agent, tick) < std::tie(other.gang, other.agent, other.tick);
+  }
+};
+
 struct AddressClock {  // of an address that atomics or volatile accesses use
   uint32_t gang = 0;
   Clock sum;
 };
 
-constexpr unsigned lanes = 64;
+constexpr unsigned lanes = 64, write_lanes = 16;
 
 struct Clocks {
   uint32_t gang = 0;  // number of the gang, never used twice; 0 before the first
   unsigned threads = 0, warpgroups_of_block = 0, block_threads = 1, blocks = 0;
   std::vector<ThreadClock> thread;
   Ticks agent_tick;   // of the agents that are not threads
-  unsigned next_lane = 0;
+  unsigned next_lane = 0, next_write_lane = 0;
   uint32_t time = 0;  // asynchronous operations issued so far
   std::unordered_map<const void*, MbarrierClock> mbarriers;
   std::unordered_map<const void*, AddressClock> shared_addresses, global_addresses;
+  std::map<ReductionId, std::shared_ptr<const Clock>> reductions;  // of the grid: what their issuers knew
 
   bool is_thread(uint32_t agent) const { return agent < threads; }
   Agent kind(uint32_t agent) const {
@@ -98,6 +109,8 @@ void add_entry(Known& sum, uint32_t agent, uint32_t tick);
 
 // ---- check_sync.cpp ----
 void forget_addresses();  // a new grid: what its predecessors released is in the past of all
+// Did the second's issuer have the turn of the first's, of another cluster, who passed it on after issuing the first?
+bool turn_was_passed(const ReductionId& first, const ReductionId& second);
 // An atomic at `pointer`; or a volatile access of which `writes` says whether it is a store.
 void synchronise(const void* pointer, bool in_shared, Thread& thread);
 void volatile_access(const void* pointer, bool in_shared, bool writes, Thread& thread);

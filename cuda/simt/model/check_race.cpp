@@ -23,24 +23,29 @@ std::string operation(uint32_t who, bool write) {
   }
 }
 
+// "thread 5 (warp 0) of block (1,0,0)", of any gang so far.
+std::string thread_name(uint32_t gang_number, uint32_t who) {
+  const Gang& gang = worker->gang;
+  const Thread& thread = gang.threads[who];
+  if (gang_number == clocks.gang) return describe(thread);
+  // Gangs run in order and have the same shape.
+  const dim3 grid = thread.grid_size;
+  const uint64_t gang_index = gang.index - (clocks.gang - gang_number);
+  const uint64_t number = gang_index * gang.blocks.size() + who / clocks.block_threads;
+  const unsigned linear = who % clocks.block_threads;
+  return "thread " + std::to_string(linear) + " (warp " + std::to_string(linear / 32) + ") of block (" +
+         std::to_string(number % grid.x) + "," + std::to_string(number / grid.x % grid.y) + "," +
+         std::to_string(number / grid.x / grid.y) + ")";
+}
+
 // "thread 5 (warp 0) of block (1,0,0) at f.cu:29", "the TMA load issued at f.cu:48".
 std::string author(const Slot& slot, bool in_shared) {
-  const Gang& gang = worker->gang;
   if (!clocks.is_thread(slot.who)) {
     const bool to_shared = (slot.flags & slot_write) != 0;
     return operation(slot.who, in_shared == to_shared) + " issued at " + line_text(slot.place) +
            (slot.gang == clocks.gang ? "" : " in another block");
   }
-  const Thread& thread = gang.threads[slot.who];
-  if (slot.gang == clocks.gang) return describe(thread) + " at " + line_text(slot.place);
-  // Gangs run in order and have the same shape.
-  const dim3 grid = thread.grid_size;
-  const uint64_t gang_index = gang.index - (clocks.gang - slot.gang);
-  const uint64_t number = gang_index * gang.blocks.size() + slot.who / clocks.block_threads;
-  const unsigned linear = slot.who % clocks.block_threads;
-  return "thread " + std::to_string(linear) + " (warp " + std::to_string(linear / 32) + ") of block (" +
-         std::to_string(number % grid.x) + "," + std::to_string(number / grid.x % grid.y) + "," +
-         std::to_string(number / grid.x / grid.y) + ") at " + line_text(slot.place);
+  return thread_name(slot.gang, slot.who) + " at " + line_text(slot.place);
 }
 
 std::string verb(const Slot& slot) { return slot.flags & slot_write ? "write" : "read"; }
@@ -102,6 +107,20 @@ void report(const Access& access, const std::string& message) {
 void report_race(const Access& access, const char* at, const Slot& other, bool in_shared) {
   report(access, "data race on " + name_of(at) + ": " + self_name(access, in_shared) + " is not ordered after the " +
                      verb(other) + " by " + author(other, in_shared) + advice(access, other, in_shared));
+}
+
+void report_turn(const Access& access, const char* at, const Slot& other) {
+  const ReductionId mine{clocks.gang, access.who, access.tick}, its{other.gang, other.who, other.tick};
+  const bool other_first = turn_was_passed(its, mine);
+  const auto name = [&](const ReductionId& reduction, uint16_t place) {
+    return "that of " + thread_name(reduction.gang, clocks.reductions.at(reduction)->issuer) + ", issued at " +
+           line_text(place);
+  };
+  const std::string my_name = name(mine, access.place), its_name = name(its, other.place);
+  report(access, "reductions to " + name_of(at) + " by blocks that take turns: " + (other_first ? its_name : my_name) +
+                     ", may not be over when " + (other_first ? my_name : its_name) +
+                     ", begins\n  bulk_wait_group (not bulk_wait_group_read) by its issuer comes before the turn is "
+                     "passed on");
 }
 
 void report_proxy(const Access& access, const char* at, const Slot& other) {

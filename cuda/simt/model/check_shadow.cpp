@@ -40,6 +40,12 @@ bool is_before(const Slot& slot, const Access& access) {
          (slot.who == access.who && slot.tick == access.tick);
 }
 
+// Reductions are no race in any order. But where one block has its turn after another, both may not be at work.
+bool turns_overlap(const Access& access, const Slot& slot) {
+  const ReductionId mine{clocks.gang, access.who, access.tick}, other{slot.gang, slot.who, slot.tick};
+  return turn_was_passed(other, mine) || turn_was_passed(mine, other);
+}
+
 int victim(const Cell& cell) {
   const unsigned first = random_number() % slots_of_cell;
   for (unsigned i = 0; i < slots_of_cell; ++i) {
@@ -72,8 +78,10 @@ void check_cell(Cell& cell, uint32_t epoch, uint8_t mask, const Access& access, 
     const bool covered = (slot.mask & ~mask) == 0 && (access.write || !other_writes);
     const bool conflict = (access.write || other_writes) && !(access.strong() && slot.flags & slot_strong);
     const bool unfenced = in_shared && access.async && other_writes && !(slot.flags & slot_async);
-    if (!covered && !conflict && !unfenced) continue;
+    const bool both_reduce = access.reduces() && slot.flags & slot_async && slot.flags & slot_strong;
+    if (!covered && !conflict && !unfenced && !both_reduce) continue;
     const bool before = is_before(slot, access);
+    if (both_reduce && !before && turns_overlap(access, slot)) report_turn(access, at, slot);
     if (conflict && !before) report_race(access, at, slot, in_shared);
     if (unfenced && slot.tick > access.clock->knows_fenced(slot.who)) report_proxy(access, at, slot);
     if (covered && before) {

@@ -22,6 +22,7 @@ struct Access {
   const Clock* clock = nullptr;  // what the accessor knows
 
   bool reads() const { return !write || atomic; }
+  bool reduces() const { return async && atomic; }  // by TMA
   bool strong() const { return atomic || is_volatile; }  // not a race with its like
 };
 
@@ -52,6 +53,7 @@ void forget_global_shadow();  // gives the memory back
 // ---- check_race.cpp: the texts ----
 [[noreturn]] void report_race(const Access& access, const char* at, const Slot& other, bool in_shared);
 [[noreturn]] void report_proxy(const Access& access, const char* at, const Slot& other);
+[[noreturn]] void report_turn(const Access& access, const char* at, const Slot& other);
 [[noreturn]] void report_unwritten(const Access& access, const char* at, const Cta* block, size_t offset);
 [[noreturn]] void report(const Access& access, const std::string& message);
 

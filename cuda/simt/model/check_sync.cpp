@@ -141,7 +141,9 @@ void issue(Snapshot& snapshot, Thread& thread, Agent agent) {
     snapshot.clock->issuer = thread.index;
     const unsigned warpgroups = clocks.threads + lanes;
     const unsigned block = thread.index / clocks.block_threads;
-    if (agent == Agent::tma) snapshot.agent = clocks.threads + clocks.next_lane++ % lanes;
+    if (agent == Agent::tma) snapshot.agent = clocks.threads + clocks.next_lane++ % (lanes - write_lanes);
+    if (agent == Agent::tma_write)
+      snapshot.agent = clocks.threads + lanes - write_lanes + clocks.next_write_lane++ % write_lanes;
     if (agent == Agent::wgmma)
       snapshot.agent = warpgroups + block * clocks.warpgroups_of_block + thread.linear / 128;
     if (agent == Agent::cp_async)
@@ -269,7 +271,20 @@ bool knows_foreign(const Foreign& foreign, uint32_t gang, uint32_t agent, uint32
   return tick_of(here->known, agent) >= tick || (passed && tick_of(here->passed, agent) >= tick);
 }
 
-void forget_addresses() { clocks.global_addresses.clear(); }
+bool turn_was_passed(const ReductionId& first, const ReductionId& second) {
+  const auto before = clocks.reductions.find(first), after = clocks.reductions.find(second);
+  if (before == clocks.reductions.end() || after == clocks.reductions.end()) return false;
+  const Clock &issue = *before->second, &next = *after->second;
+  if (first.gang != second.gang) return knows_foreign(next.foreign, first.gang, issue.issuer, issue.tick + 1, false);
+  // The blocks of a cluster hear of each other all the time; that need not be a turn.
+  const auto cluster = [](const Clock& clock) { return worker->gang.threads[clock.issuer].cta->cluster; };
+  return cluster(issue) != cluster(next) && next.knows(issue.issuer) > issue.tick;
+}
+
+void forget_addresses() {
+  clocks.global_addresses.clear();
+  clocks.reductions.clear();
+}
 
 }  // namespace simt::model::check
 #endif

@@ -144,6 +144,7 @@ void leave(Thread& thread) {
   leave_barriers(thread);
   if (block.alive) return;
   std::string leftover = async_leftover(block);
+  if (leftover.empty()) leftover = barrier_leftover(block);
   for (size_t w = 0; w < block.warps.size(); ++w) {
     const Warp &first = block.warps[w / 4 * 4], &warp = block.warps[w];
     if (!leftover.empty() || warp.registers_set == first.registers_set) continue;

@@ -42,6 +42,8 @@ struct Thread : ThreadContext {
 struct Barrier {
   int arrived = 0, expected = 0;  // threads; expected 0: all that have not exited
   std::vector<Thread*> waiting;
+  const Thread* last = nullptr;  // to arrive, here:
+  Site last_site{"?", 0};
   check::SyncClock clock;
 };
 
@@ -173,6 +175,7 @@ void take_stacks_back(Worker& worker);  // of threads that will never go on
 void aligned(Site site);  // the running thread executes an .aligned instruction: the lanes of its warp must do the same
 constexpr const char* not_started_text = "may not have started: no cluster barrier has been passed";
 void leave_barriers(Thread& thread);  // it has exited: barriers no longer wait for it
+std::string barrier_leftover(const Cta& block);  // arrivals that nobody has waited for when a block ends; or empty
 
 // ---- watchdog.cpp ----
 struct Watch {  // as long as it lives: no step of the scheduler for Options.timeout_s interrupts the kernel

@@ -92,7 +92,7 @@ void issue(CopyOperation op) {
   check::count(check::Count::tma_operations, 1, op.site);
   check::count(check::Count::tma_bytes, op.bytes, op.site);
   check::issue(op.snapshot, *self(), check::Agent::tma);
-  if (op.kind == CopyOperation::Kind::store) check::issue(op.written, *self(), check::Agent::tma);
+  if (op.kind == CopyOperation::Kind::store) check::issue(op.written, *self(), check::Agent::tma_write);
   Gang& gang = *op.block->gang;
   gang.async.copies.push_back(std::move(op));
   if (happens_at_once()) copy_complete(gang, gang.async.copies.size() - 1);

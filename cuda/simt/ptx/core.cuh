@@ -81,12 +81,28 @@ PTX_INLINE void store_release(uint32_t* pointer, uint32_t value SIMT_SITE) {
       simt::model::store_release(pointer, value, site));
 }
 
+// atomicAdd whose old value nobody wants. Next to a fence the compiler would ask for it all the same.
+PTX_INLINE void red_add(float* pointer, float x SIMT_SITE) {
+  PTX(asm volatile("red.relaxed.gpu.global.add.f32 [%0], %1;" ::"l"(pointer), "f"(x) : "memory"),
+      atomicAdd(pointer, x, site));
+}
+
 // ---- 16-byte global accesses with a cache policy ----
 PTX_INLINE uint4 load_nc_v4(const void* pointer) {
   uint4 v;
   PTX(asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
                    : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                    : "l"(pointer)),
+      v = *static_cast<const uint4*>(pointer));
+  return v;
+}
+// As *pointer, which nvcc may split.
+PTX_INLINE uint4 load_v4(const void* pointer) {
+  uint4 v;
+  PTX(asm volatile("ld.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(pointer)
+                   : "memory"),
       v = *static_cast<const uint4*>(pointer));
   return v;
 }

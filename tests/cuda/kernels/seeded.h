@@ -24,6 +24,8 @@ const Kernel& scale();
 const Kernel& hopper();
 const Kernel& cluster();
 const Kernel& staging();
+const Kernel& attention();
+const Kernel& turns();
 const Kernel& misuse();
 
 using bf16 = __nv_bfloat16;

@@ -15,7 +15,7 @@ const std::map<std::string, const seeded::Kernel*>& kernels() {
     std::map<std::string, const seeded::Kernel*> found;
     for (const seeded::Kernel* kernel : {&seeded::tiled(), &seeded::reduce(), &seeded::handoff(), &seeded::ampere(),
                                          &seeded::scale(), &seeded::staging(), &seeded::hopper(), &seeded::cluster(),
-                                         &seeded::misuse()})
+                                         &seeded::attention(), &seeded::turns(), &seeded::misuse()})
       found[kernel->name] = kernel;
     return found;
   }();
