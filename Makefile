@@ -2,6 +2,7 @@
 #   make test        lint and the test-suite          make speedrun    train a GPT on real text
 #   make native      build the native kernels         make bench       measure everything on this machine's CPU
 #   make gpu         build, GPU tests and benchmarks on a machine with a CUDA device
+#   make sanitize    the kernels' GPU tests under compute-sanitizer
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 OUT ?= results
@@ -14,11 +15,11 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 endif
 
-.PHONY: test speedrun native bench gpu clean
+.PHONY: test speedrun native bench gpu sanitize clean
 
 # What `native` builds: everything; for tests, the kernels that only they run as well; for the speedrun, the tokenizer.
 TARGETS := all
-test gpu: TARGETS := all test_kernels
+test gpu sanitize: TARGETS := all test_kernels
 speedrun: TARGETS := _bpe
 
 test: native
@@ -54,6 +55,8 @@ bench: native
 	$(RUN) -m minigpt.bench --device cpu --out $(OUT)
 	$(RUN) -m minigpt.twins --out $(OUT)
 	$(RUN) -m cuda.bench_matmul --device cpu --out $(OUT)
+	$(RUN) -m cuda.bench_attention --device cpu --out $(OUT)
+	$(RUN) -m cuda.bench_fused --device cpu --out $(OUT)
 	$(RUN) -m parallel.bench --out $(OUT)
 	rm -rf build/scaling
 	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)
@@ -61,12 +64,22 @@ bench: native
 gpu: native
 	$(RUN) -m pytest -m gpu
 	$(RUN) -m common.timing --device cuda --out $(OUT)
-	$(RUN) -m cuda.bench_matmul --device cuda --budget-s 170 --out $(OUT)
+	$(RUN) -m cuda.bench_matmul --device cuda --budget-s 110 --out $(OUT)
+	$(RUN) -m cuda.bench_attention --device cuda --budget-s 90 --out $(OUT)
+	$(RUN) -m cuda.bench_fused --device cuda --out $(OUT)
 	$(RUN) -m minigpt.bench --device cuda --rounds 7 --out $(OUT)
 	$(RUN) -m parallel.bench --device cuda --rounds 7 --out $(OUT)
 	rm -rf build/speedrun
 	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)
+
+# The kernels' GPU tests under NVIDIA's own checks, which take long: what the model finds, and what it cannot.
+SANITIZED := tests/cuda/test_matmul.py tests/cuda/test_attention_best.py tests/cuda/test_attention_backward_hopper.py
+sanitize: native
+	@command -v compute-sanitizer >/dev/null || { echo "make sanitize: no compute-sanitizer found: it comes with the CUDA toolkit" >&2; exit 2; }
+	for tool in memcheck racecheck synccheck; do \
+	  compute-sanitizer --tool $$tool --error-exitcode 1 $(RUN) -m pytest -m gpu $(SANITIZED); \
+	done
 
 .venv/.ready: pyproject.toml
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "python3 is older than 3.11: put a newer one first on the PATH" >&2; exit 2; }

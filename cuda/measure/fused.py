@@ -37,7 +37,10 @@ class Case:
         leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in self.inputs]
         y = function(*leaves)
         wanted = [x for x in leaves if x.requires_grad]
-        upstream = torch.ones_like(y) if y.ndim == 0 else torch.randn_like(y)
+        generator = torch.Generator(y.device).manual_seed(0)  # every competitor has the same
+        upstream = (
+            torch.ones_like(y) if y.ndim == 0 else torch.randn(y.shape, generator=generator, device=y.device).to(y)
+        )
         return lambda: torch.autograd.grad(y, wanted, upstream, retain_graph=True)
 
 

@@ -141,6 +141,18 @@ def len_2(results):
     return len(results) == 2
 
 
+def test_close_looks_into_tuples_of_tensors():
+    half = torch.ones(3, dtype=torch.bfloat16)
+    check = close(1e-2)
+    assert check({"a": (half, half.float()), "b": (half * 1.0, torch.ones(3))})
+    assert not check({"a": (half, half * 1.1), "b": (half, half)})
+    assert not check({"a": (half,), "b": (half, half)})
+    assert not check({"a": (half, half[:2]), "b": (half, half)})
+    assert not check({"a": (half * float("nan"),), "b": (half,)})
+    with pytest.raises(ValueError, match="the result of 'a' holds NaN"):
+        compare({"a": lambda: (half * float("nan"),), "b": lambda: (half,)}, rounds=1, warmup=0, check=check)
+
+
 def test_close():
     base = torch.tensor([[100.0, 1.0], [0.0, -50.0]])
     check = close(1e-2)
@@ -188,6 +200,7 @@ def test_the_cuda_clock_flushes_l2_before_each_timed_call(monkeypatch):
     cuda = SimpleNamespace(
         Event=Event,
         device=lambda device: nullcontext(),
+        _sleep=lambda clocks: order.append("sleep"),
         synchronize=lambda: order.append("synchronize"),
         get_device_properties=lambda device: SimpleNamespace(L2_cache_size=l2_bytes),
     )
@@ -196,7 +209,7 @@ def test_the_cuda_clock_flushes_l2_before_each_timed_call(monkeypatch):
     samples = compare(functions, rounds=2, warmup=0, check=None, inner=2, device="cuda:1")
 
     def sample(name):
-        return ["flush", "event", name, "event"] * 2 + ["synchronize"]
+        return ["flush", "sleep", "event", name, "event"] * 2 + ["synchronize"]
 
     assert order == sample("A") + sample("B") + sample("A") + sample("B")
     assert samples["A"].raw == (3e-3, 3e-3), "seconds a call"

@@ -4,6 +4,7 @@ Against the definition in float64 and torch's own attention, at lengths no tile 
 with few multiprocessors, so that a block takes many tiles. On a machine with a GPU the same cases run there too.
 """
 
+import importlib
 import itertools
 
 import pytest
@@ -143,3 +144,23 @@ def test_all_tiles_of_large_batches_are_taken():
 def test_other_head_widths_are_refused(step):
     with pytest.raises(ValueError, match="head width 80: expected 64, 96, 128, 192 or 256"):
         forward(_simt, step, Case(head_dim=80))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+)
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("step", STEPS)
+def test_on_a_gpu(step, width, dtype):
+    module = importlib.import_module("cuda._sm90")
+    for name, feature in FEATURES.items():
+        if dtype == torch.float16 and "softcap" in feature:
+            continue  # the hardware's tanh is good to 2^-11, which is what f16 rounds to
+        try:
+            check_forward(module, step, case(width, dtype, device="cuda", **feature))
+        except AssertionError as failure:
+            raise AssertionError(name) from failure
+    for tokens in (1000, 4096):
+        check_forward(module, step, case(width, dtype, queries=tokens, keys=tokens, batch=2, device="cuda", **CAUSAL))

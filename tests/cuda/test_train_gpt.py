@@ -109,10 +109,10 @@ def test_what_does_not_fit_is_refused():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_curves_of_200_steps_coincide(tmp_path):
     """Step by step: two runs of the same data that differ in rounding alone."""
+    small = {"layers": 4, "width": 384, "heads": 3, "kv_heads": 3, "batch": 8, "context": 512, "mlp_width": 1024}
     curves = []
     for kernels in ("torch", "cuda"):
-        config = replace(PRESETS["gpu"], kernels=kernels, layers=4, width=384, heads=3, kv_heads=3, batch=8, context=512,
-                         mlp_width=1024, folder=tmp_path / kernels)  # fmt: skip
+        config = replace(PRESETS["gpu"], kernels=kernels, folder=tmp_path / kernels, **small)
         train_with(config)
         lines = (tmp_path / kernels / "metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["loss"] for line in lines])
