@@ -154,9 +154,10 @@ def _elements(given: dict[str, Tensor]) -> dict[str, Tensor]:
     return _rows(given)
 
 
-def _readable(grad: Tensor) -> Tensor:
-    """A gradient as autograd made it, copied where the kernels could not read its rows."""
-    return grad if grad.ndim <= 4 and (grad.shape[-1] < 2 or grad.stride(-1) == 1) else grad.contiguous()
+def _readable(grad: Tensor, like: Tensor) -> Tensor:
+    """A gradient as autograd made it, copied where the kernels could not read its rows beside those of `like`."""
+    readable = grad.ndim <= 4 and (grad.shape[-1] < 2 or grad.stride(-1) == 1)
+    return grad if readable else _like(like).copy_(grad)
 
 
 # ---- RMSNorm and LayerNorm -------------------------------------------------------------------------------------------
@@ -265,12 +266,12 @@ def _save_norm(ctx, inputs, output) -> None:
 
 def _norm_gradients(ctx, d_y, d_h, *_):
     h, gain, mean, rstd = ctx.saved_tensors
-    d_h = _readable(d_h) if ctx.residual and d_h is not None else None
+    d_h = _readable(d_h, h) if ctx.residual and d_h is not None else None
     d_gain = d_bias = None
     if d_y is None:
         d_x = d_h
     else:
-        d_x, d_gain, d_bias = _norm_backward(_readable(d_y), d_h, h, gain, mean, rstd, ctx.biased)
+        d_x, d_gain, d_bias = _norm_backward(_readable(d_y, h), d_h, h, gain, mean, rstd, ctx.biased)
     return (
         d_x,
         d_x if ctx.residual else None,
@@ -329,7 +330,7 @@ def _save_rotary(ctx, inputs, output) -> None:
 
 
 def _turn_back(ctx, d_y: Tensor):
-    return _rotary(_readable(d_y), *ctx.saved_tensors, -ctx.sign), None, None, None
+    return _rotary(_readable(d_y, d_y), *ctx.saved_tensors, -ctx.sign), None, None, None
 
 
 _rotary.register_autograd(_turn_back, setup_context=_save_rotary)
@@ -378,7 +379,7 @@ def _(d_y, gate, up):
 
 
 _swiglu.register_autograd(
-    lambda ctx, d_y: _swiglu_backward(_readable(d_y), *ctx.saved_tensors),
+    lambda ctx, d_y: _swiglu_backward(_readable(d_y, ctx.saved_tensors[0]), *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
 )
 
@@ -415,7 +416,7 @@ def _save_activation(ctx, inputs, output) -> None:
 
 
 _activation.register_autograd(
-    lambda ctx, d_y: (_activation_backward(_readable(d_y), *ctx.saved_tensors, ctx.kind), None),
+    lambda ctx, d_y: (_activation_backward(_readable(d_y, ctx.saved_tensors[0]), *ctx.saved_tensors, ctx.kind), None),
     setup_context=_save_activation,
 )
 
@@ -454,6 +455,6 @@ def _(d_y, y):
 
 
 _softmax.register_autograd(
-    lambda ctx, d_y: _softmax_backward(_readable(d_y), *ctx.saved_tensors),
+    lambda ctx, d_y: _softmax_backward(_readable(d_y, ctx.saved_tensors[0]), *ctx.saved_tensors),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
 )

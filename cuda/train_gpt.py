@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from common import cli
@@ -61,12 +60,8 @@ PRESETS = {  # head widths that attention has; tiny is what the CPU model can ru
 def linear_cross_entropy(
     x_BTC: Tensor, weight_VC: Tensor, targets_BT: Tensor, *, softcap: float, z_loss: float
 ) -> Tensor:
-    """GPT's `loss_fn`: the logits never exist whole. Under autocast in its type, as the head would be."""
-    x_NC = x_BTC.reshape(-1, x_BTC.shape[-1])
-    if torch.is_autocast_enabled(x_NC.device.type):
-        dtype = torch.get_autocast_dtype(x_NC.device.type)
-        x_NC, weight_VC = x_NC.to(dtype), weight_VC.to(dtype)
-    return ops.linear_cross_entropy(x_NC, weight_VC, targets_BT.reshape(-1), softcap=softcap, z_loss=z_loss)
+    """GPT's `loss_fn`: the logits never exist whole. Under autocast in its type, but for the gradient of the weight."""
+    return ops.linear_cross_entropy(x_BTC, weight_VC, targets_BT, softcap=softcap, z_loss=z_loss)
 
 
 def activate(kind: str, h_BTF: Tensor, gate_BTF: Tensor | None = None) -> Tensor:

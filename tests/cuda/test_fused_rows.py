@@ -519,3 +519,15 @@ def test_gradients_of_gradients_are_refused():
     (first,) = torch.autograd.grad(fused.softmax(x).square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError):
         first.sum().backward()
+
+
+@pytest.mark.parametrize("name", ["relu2", "softmax", "rms_norm"])
+def test_a_gradient_beside_rows_in_another_order(name):
+    """The rows of x merge into two dimensions, and beside a contiguous gradient would not."""
+    x = normal(2, 3, 2, 3, 8).permute(3, 0, 1, 2, 4)
+    grad = torch.randn(x.shape)
+    found = []
+    for given in (x, x.contiguous()):
+        leaf = given.detach().requires_grad_()
+        found.append(torch.autograd.grad(getattr(fused, name)(leaf), leaf, grad)[0])
+    assert torch.equal(*found)
