@@ -78,10 +78,43 @@ def bench_cuda(config: BenchConfig) -> int:
             what = f"{row['operation']:36} {row['pass']:8} {row['by']:14} {row['us']:9.1f} us"
             print(f"{what} {row['gb_per_s']:7.0f} GB/s {row['of_copy']:5.0%} of a copy", flush=True)
         rows += found
+    try:
+        rows += measure_head(config)
+    except (ValueError, RuntimeError) as error:
+        failures.append(f"linear + cross_entropy: {error}")
+        print(f"FAILED, not timed: {failures[-1]}", flush=True)
+    else:
+        for row in rows[-2:]:
+            print(
+                f"{row['operation']:45} {row['by']:14} {row['us']:9.1f} us {row['peak_bytes'] / 1e6:9.1f} MB",
+                flush=True,
+            )
     settings = {key: getattr(config, key) for key in BenchConfig.__dataclass_fields__}
     settings |= {"failed": failures, "copy_bytes_per_s": bandwidth}
     print(save_result("cuda", "fused", rows, config=settings, device="cuda", root=config.out))
     return 1 if failures or not rows else 0
+
+
+def measure_head(config: BenchConfig) -> list[dict[str, Any]]:
+    """Time and memory of linear + cross-entropy. Raises ValueError for a result that is far from torch's."""
+    tokens, width, words = config.sizes("cuda")
+    functions = fused.loss_of_a_head("cuda", tokens, width, words)
+    peaks = {}
+    for name, function in functions.items():
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        peaks[name] = torch.cuda.max_memory_allocated() - before
+    check = timing.close(TOLERANCE)
+    taken = timing.compare(functions, rounds=config.rounds, warmup=2, check=check, device="cuda")
+    flops = 6 * tokens * width * words
+    rows = [{"operation": "linear + cross_entropy", "pass": "both", "by": name, "us": 1e6 * samples.median,
+             "tflops": flops / samples.median / 1e12, "peak_bytes": peaks[name], "samples": samples}
+            for name, samples in taken.items()]  # fmt: skip
+    rows[0]["of_best_peer"] = rows[1]["us"] / rows[0]["us"]
+    rows[0]["memory_of_torch"] = peaks["ours"] / peaks["torch"]
+    return rows
 
 
 def count(case: Case) -> dict[str, Any]:

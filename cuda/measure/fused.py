@@ -126,3 +126,26 @@ def _of_parameters(device: str, count: int) -> Iterator[Case]:
     yield Case("adamw", (), ours.step, torchs.step, 7 * size)
     yield Case("grad_norm", (), lambda: optim.grad_norm(mine, 1.0)[0],
                lambda: torch.nn.utils.get_total_norm([p.grad for p in theirs]), size)  # fmt: skip
+
+
+def loss_of_a_head(device: str, tokens: int, width: int, words: int) -> dict[str, Callable[[], tuple[Tensor, ...]]]:
+    """{who: a call that gives loss, dx and dW} of x W' and its mean cross-entropy, forward and backward: ours never has
+    the logits."""
+    x = torch.randn(tokens, width, device=device).to(BF16).requires_grad_()
+    weight = (torch.randn(words, width, device=device) / width**0.5).to(BF16).requires_grad_()
+    targets = torch.randint(words, (tokens,), device=device)
+
+    def unfused(x: Tensor, weight: Tensor) -> Tensor:
+        return F.cross_entropy((x @ weight.mT).float(), targets)
+
+    def fused(x: Tensor, weight: Tensor) -> Tensor:
+        return loss_ops.linear_cross_entropy(x, weight, targets)
+
+    def call(loss: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+        def run() -> tuple[Tensor, ...]:
+            value = loss(x, weight)
+            return (value.detach(), *torch.autograd.grad(value, (x, weight)))
+
+        return run
+
+    return {"ours": call(fused), "torch": call(unfused)}

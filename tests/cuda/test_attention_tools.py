@@ -155,6 +155,11 @@ def test_each_case_of_the_fused_benchmark(case):
     assert 0 < row["moved"] < 6 and row["coalescing"] < 2.5
 
 
+def test_the_loss_of_a_head_is_the_same_without_logits():
+    functions = fused.loss_of_a_head("cpu", 40, 64, 96)
+    timing.compare(functions, rounds=1, warmup=0, inner=1, check=timing.close(bench_fused.TOLERANCE))
+
+
 def test_the_fused_benchmark_files_its_rows(tmp_path, monkeypatch):
     some = list(fused.cases("cpu", 4, 64, 16))[:2]
     monkeypatch.setattr(fused, "cases", lambda *_: iter(some))
