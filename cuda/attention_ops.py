@@ -71,7 +71,8 @@ def attention(
     gradient. A query that sees nothing gives zeros.
 
     Packed: q (rows, H, K), k and v (rows, G, K), cu_seqlens_q and cu_seqlens_k (sequences + 1,) int32 on the same
-    device: where each sequence begins, and the number of rows. Without bias. Their values are looked at, which makes a
+    device: where each sequence begins, and the number of rows. Without bias. A NaN or infinity in one sequence may
+    reach the one before it: tiles overlap there, and 0 * NaN is NaN. Their values are looked at, which makes a
     CPU wait for a GPU, once for each tensor and version; who writes to `.data` behind torch's back is not seen.
 
     `return_lse`: also log-sum-exp of the scores, float32 (B, H, T), packed (H, rows), natural logarithm; -inf where

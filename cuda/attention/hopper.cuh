@@ -19,7 +19,8 @@ constexpr int tile_bytes(int rows, int head_dim) { return 2 * tile_elements(rows
 // Where lengths vary, the rows are those of all sequences: a box may reach into the next one.
 inline CUtensorMap tensor_map(const Tensor& x, const Problem& p, int rows_of_tensor, int heads, int rows) {
   const bool packed = p.starts_q != nullptr;
-  const auto bytes = [](int64_t stride) { return uint64_t(stride ? stride * 2 : 16); };  // of one element: any stride
+  const uint64_t row = 2 * uint64_t(p.head_dim);  // of a dimension of size 1: any stride that no row would overlap
+  const auto bytes = [&](int64_t stride) { return stride ? 2 * uint64_t(stride) : row; };
   const simt::TensorShape shape{4,
                                 {uint64_t(p.head_dim), uint64_t(rows_of_tensor), uint64_t(heads), uint64_t(packed ? 1 : p.batch)},
                                 {bytes(x.row), bytes(x.head), bytes(x.batch)},

@@ -91,6 +91,9 @@ Problem problem_of(const Arguments& given) {
     k.refuse(std::to_string(s.kv_heads) + " heads: expected a divisor of the " + std::to_string(s.heads) + " of q");
   p.batch = s.batch, p.heads = s.heads, p.kv_heads = s.kv_heads, p.head_dim = s.head_dim;
   p.queries = s.queries, p.keys = s.keys, p.total_queries = s.total_queries, p.total_keys = s.total_keys;
+  if (int64_t(std::max(s.queries, s.keys) / 64 + 1) * s.heads * s.batch > 0x7fffffff)  // tiles, or blocks of a grid
+    q.refuse("shape " + q.shape() + " with sequences of up to " + std::to_string(std::max(s.queries, s.keys)) +
+             " rows: expected fewer, at most 2^31 tiles of 64 rows over all heads and sequences");
   p.type = q.type;
   p.q = tensor_of(q, s, true, q.type), p.k = tensor_of(k, s, false, q.type);
   p.v = tensor_of(given.array("v"), s, false, q.type), p.o = tensor_of(given.array("o"), s, true, q.type);

@@ -26,8 +26,8 @@ def share(image: np.ndarray, color: str) -> float:
 @pytest.fixture
 def drawn(monkeypatch):
     """The figures in the order they were saved."""
-    figures, save = [], plots._save
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or save(figure, path))
+    figures, save = [], plots.save_figure
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or save(figure, path))
     return figures
 
 

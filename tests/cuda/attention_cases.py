@@ -246,12 +246,10 @@ def check_forward(module, step: str, case: Case) -> None:
     if torchs is not None:
         theirs = error(torchs["o"], want["o"])
         assert mine <= 1.1 * theirs + 1e-6, f"o: {mine:.3g}, torch {theirs:.3g}"
-    spread = (
-        2 * ROUNDING[case.dtype]
-        if case.softcap
-        else 2e-5
-        * max(1.0, want["lse"][want["lse"].isfinite()].abs().max().item() if want["lse"].isfinite().any() else 1.0)
-    )
+    finite = want["lse"][want["lse"].isfinite()].abs()
+    spread = 2e-5 * max(1.0, finite.max().item() if finite.numel() else 1.0)
+    if case.softcap:  # of a GPU's tanh 2^-11 is what is promised
+        spread = max(2 * ROUNDING[case.dtype], case.softcap * 2**-11 if case.device == "cuda" else 0.0)
     same = (got["lse"] == want["lse"].float()) | ((got["lse"].double() - want["lse"]).abs() <= spread)
     assert same.all(), f"lse: {(got['lse'].double() - want['lse'])[~same].abs().max():.3g}"
     dead = want["lse"] == -math.inf

@@ -24,7 +24,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "--expt-relaxed-constexpr", "-gencode=arch=co
 INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][^;]*?)\s*;", re.MULTILINE)
 FUNCTION = re.compile(r"^\s*Function : (\S+)$", re.MULTILINE)
 USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-SOURCE = re.compile(r"_\d+_(\d\d)_\w+?_cu_[0-9a-f]{8}")  # the file's name stands after its length
+SOURCE = re.compile(r"_GLOBAL__N__[0-9a-f]{8}_\d+_(\d\d)_\w+?_cu_")  # a hash, the length of the file's name, the name
 SHAPE = re.compile(r"\d(?:[A-Z][a-z]+)*[A-Z][a-z]{2,}(\d\d)[EI]")  # a type called Persistent08
 REMARK = re.compile(r"^.*\(C75\d\d\).*$", re.MULTILINE)
 SPILL = re.compile(r"^.*\b[1-9]\d* bytes spill (?:stores|loads).*$", re.MULTILINE)

@@ -16,7 +16,7 @@ namespace attention::forward::best {
 // rounding to f16 is 5e-4. 2^0 is 1 exactly. What is below 2^-126, and -inf, becomes 2^-126.
 PTX_INLINE float exp2_polynomial(float x) {
   constexpr float whole = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, which its low bits then hold
-  x = max(x, -126.f);
+  x = x < -126.f ? -126.f : x;  // not max, which would swallow a NaN
   const float rounded = x + whole, f = x - (rounded - whole);
   float p = 0.0095827f;
   p = p * f + 0.055906877f;
