@@ -16,8 +16,8 @@ from common import cli, plots, timing
 from common.cli import UserError
 from common.results import save_result
 from cuda import attention_ops, modules, timeline
-from cuda.attention_ops import BACKWARD, FORWARD
-from cuda.measure import attention, counters
+from cuda.attention_ops import BACKWARD, EVERYTHING, FORWARD
+from cuda.measure import attention, counters, ladder
 from cuda.measure.attention import Shape
 from cuda.measure.ladder import Budget
 
@@ -44,8 +44,8 @@ class BenchConfig:
             if width not in attention_ops.HEAD_DIMS:
                 raise ValueError(f"head_dims {self.head_dims!r}: expected some of {attention_ops.HEAD_DIMS}")
         numbers("tokens", self.tokens)
-        for name, ladder in (("forward", FORWARD), ("backward", BACKWARD)):
-            self.steps(name, ladder)
+        for name, steps in (("forward", FORWARD), ("backward", BACKWARD)):
+            self.steps(name, steps)
 
     def steps(self, name: Literal["forward", "backward"], ladder: tuple[str, ...]) -> list[str]:
         chosen = numbers(name, getattr(self, name))
@@ -176,7 +176,7 @@ def count(kind: str, step: str) -> dict[str, Any]:
     module = modules.load("_simt_checked")
     q, k, v, d_o = (torch.randn(1, 2, tokens, head_dim).bfloat16() for _ in range(4))
     o, lse = attention_ops.attention(q, k, v, return_lse=True)
-    numbers_of = {"scale": head_dim**-0.5, "softcap": 0.0, "left": 1 << 30, "right": 1 << 30}
+    numbers_of = {"scale": head_dim**-0.5, "softcap": 0.0, "left": EVERYTHING, "right": EVERYTHING}
     module.take_counters()
     with module.options(counters=True):
         if kind == "forward":
@@ -199,8 +199,8 @@ def count(kind: str, step: str) -> dict[str, Any]:
 def bench_cpu(config: BenchConfig) -> int:
     print("no GPU is measured: these are counts by the checked CPU model, not times", flush=True)
     rows = []
-    for kind, ladder in (("forward", FORWARD), ("backward", BACKWARD)):
-        for step in ladder:
+    for kind, steps in (("forward", FORWARD), ("backward", BACKWARD)):
+        for step in steps:
             rows.append(count(kind, step))
             row = rows[-1]
             busy = f"{row['tensor_cores_busy']:5.0%} busy" if "tensor_cores_busy" in row else ""
@@ -212,9 +212,7 @@ def bench_cpu(config: BenchConfig) -> int:
 
 def main() -> int:
     config = cli.parse(BenchConfig, prog=cli.program(), description="the speed of attention beside torch's backends")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: this machine has no CUDA device")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = ladder.device_of(config.device)
     return bench_cuda(config) if device == "cuda" else bench_cpu(config)
 
 

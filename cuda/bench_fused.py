@@ -12,10 +12,9 @@ from typing import Any, Literal
 import torch
 
 from common import cli, timing
-from common.cli import UserError
 from common.results import save_result
 from cuda import device as device_of
-from cuda.measure import counters, fused
+from cuda.measure import counters, fused, ladder
 from cuda.measure.fused import Case
 
 TOLERANCE = 3e-2  # of the largest element, in bf16
@@ -147,9 +146,7 @@ def bench_cpu(config: BenchConfig) -> int:
 
 def main() -> int:
     config = cli.parse(BenchConfig, prog=cli.program(), description="fused operations beside torch and a copy")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: this machine has no CUDA device")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = ladder.device_of(config.device)
     return bench_cuda(config) if device == "cuda" else bench_cpu(config)
 
 

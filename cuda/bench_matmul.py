@@ -204,9 +204,7 @@ def count_cpu(config: BenchConfig) -> int:
 
 def main() -> int:
     config = cli.parse(BenchConfig, prog=cli.program(), description="the speed of the matmul ladder beside cuBLAS")
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("device cuda: this machine has no CUDA device")
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = ladder.device_of(config.device)
     if device == "cpu" and config.tune:
         raise UserError("tune: tilings are timed on a GPU, and device is cpu")
     if device == "cpu":

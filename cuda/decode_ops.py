@@ -12,11 +12,9 @@ import math
 import torch
 from torch import Tensor
 
+from cuda.attention_ops import DTYPES, EVERYTHING, HEAD_DIMS
 from cuda.device import place
 
-HEAD_DIMS = (64, 96, 128, 192, 256)
-DTYPES = (torch.bfloat16, torch.float16)
-EVERYTHING = 1 << 30
 LEAST_KEYS = 256  # of a split; fewer, and writing and adding up its part costs more than it hides
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from common import timing
+from common.cli import UserError
 from common.timing import Samples
 from cuda import dispatch
 from cuda.measure import cublaslt, power, products
@@ -26,6 +27,14 @@ PROBE = Shape(2048, 2048, 2048)  # large enough for the rates of large tiles, sm
 PASS_S = 0.02  # slow products do not go through all sets
 SUSTAINED_PASS_S = 0.01  # long beside the overwriting of the L2 cache between two passes
 SETUP_S = 3.0  # operands, references, checks, graphs and the choice of an algorithm at a shape, roughly
+
+
+def device_of(wanted: str) -> str:
+    """ "cpu" or "cuda", which "auto" is where there is one. Raises UserError where there is none."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise UserError("device cuda: this machine has no CUDA device")
+    return wanted if wanted != "auto" else "cuda" if available else "cpu"
 
 
 @dataclass(slots=True)

@@ -1,6 +1,7 @@
 """The clock of cuda/replay.py on traces made by hand, the picture of the pipelines, and the benchmarks as far as a CPU
 goes: that what is counted is what was meant, and that every competitor of the GPU's benchmark computes the same."""
 
+import itertools
 import json
 import math
 
@@ -134,6 +135,15 @@ def test_the_options_of_the_attention_benchmark():
     ):
         with pytest.raises(ValueError, match=message):
             BenchConfig(**wrong)
+
+
+def test_the_picture_of_a_gpus_rows(tmp_path):
+    places = itertools.product(("best_09", "overlap_07", "cuDNN"), (512, 1024), ("full", "causal"))
+    same = {"pass": "forward", "head_dim": 128}
+    rows = [same | {"step": step, "tokens": n, "mask": mask, "tflops": n / 100} for step, n, mask in places]
+    assert bench_attention.draw(rows, 128, "forward", tmp_path / "a.png") and (tmp_path / "a.png").stat().st_size > 5000
+    assert not bench_attention.draw(rows, 64, "forward", tmp_path / "b.png") and not (tmp_path / "b.png").exists()
+    assert not bench_attention.draw(rows, 128, "backward", tmp_path / "b.png")
 
 
 def test_counts_of_a_step():
