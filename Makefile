@@ -15,7 +15,7 @@ RUN := .venv/bin/python
 READY := .venv/.ready
 endif
 
-.PHONY: test speedrun native bench gpu sanitize clean
+.PHONY: test test-triton-oldest speedrun native bench gpu sanitize clean
 
 # What `native` builds: everything; for tests, the kernels that only they run as well; for the speedrun, the tokenizer.
 TARGETS := all
@@ -26,6 +26,20 @@ test: native
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m pytest
+	@$(MAKE) --no-print-directory test-triton-oldest
+
+# The tests of the kernels in Triton once more, with the oldest Triton that is supported, in a folder of its own. Not with
+# PYTHON=...: that interpreter is used as it is.
+OLDEST := build/triton-3.6.0
+test-triton-oldest: $(READY)
+ifdef PYTHON
+	@echo "make $@: skipped, PYTHON=$(PYTHON) is tested with the Triton that it has"
+else
+	@[ -e $(OLDEST)/.ready ] || { rm -rf $(OLDEST); \
+	  $(RUN) -m pip install --quiet --no-deps --target $(OLDEST) triton==3.6.0 && touch $(OLDEST)/.ready; } || \
+	  echo "make $@: skipped, pip cannot install Triton 3.6.0 here"
+	@[ ! -e $(OLDEST)/.ready ] || PYTHONPATH=$(CURDIR)/$(OLDEST) $(RUN) -m pytest tests/cuda -k triton -m "not slow"
+endif
 
 # A run that was killed goes on, a finished one only says again what it reached; ARGS="--folder runs/second" starts another.
 speedrun: native
@@ -57,6 +71,7 @@ bench: native
 	$(RUN) -m cuda.bench_matmul --device cpu --out $(OUT)
 	$(RUN) -m cuda.bench_attention --device cpu --out $(OUT)
 	$(RUN) -m cuda.bench_fused --device cpu --out $(OUT)
+	$(RUN) -m cuda.bench_triton --out $(OUT)
 	$(RUN) -m parallel.bench --out $(OUT)
 	rm -rf build/scaling
 	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)

@@ -4,10 +4,11 @@
     o = ops.attention(q, k, v, cu_seqlens_q=c, cu_seqlens_k=c)  # packed: (rows, H, K)
     GPT(config, attention_fn=ops.causal_attention)              # stage 2's interface
 
-Refused with a ValueError that names the argument, before anything runs: types other than bfloat16 and float16, head
-widths that the step does not have, shapes, heads and devices that do not fit, a last dimension that is not contiguous,
-strides and addresses that are no multiples of 16 bytes, cu_seqlens that do not rise from 0 to the number of rows, a
-window below 0, dropout. Letters: B batch, T queries, S keys, H query heads, G key/value heads, K head width.
+Refused with a ValueError that names the argument, before anything runs: types other than bfloat16 and float16 (float32
+too in Triton), head widths that the step does not have, shapes, heads and devices that do not fit, a last dimension
+that is not contiguous, strides and addresses that are no multiples of 16 bytes, cu_seqlens that do not rise from 0 to
+the number of rows, a window below 0, dropout. Letters: B batch, T queries, S keys, H query heads, G key/value heads, K
+head width.
 """
 
 import math
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from cuda.device import Kind, place
+from cuda.device import Kernels, Kind, check_kernels, place
 
 FORWARD = (
     "naive_01",
@@ -34,7 +35,9 @@ FORWARD = (
 BACKWARD = ("recompute_01", "mma_sync_02", "wgmma_03", "dq_reduce_04", "best_05")
 ANYWHERE = (*FORWARD[:3], *BACKWARD[:2])  # what runs on any GPU from capability 8.0 on
 HEAD_DIMS = (64, 96, 128, 192, 256)
+TRITON_HEAD_DIMS = (16, 32, *HEAD_DIMS)  # what a model on a CPU may want is no work there
 DTYPES = (torch.bfloat16, torch.float16)
+TRITON_DTYPES = (torch.float32, *DTYPES)
 EVERYTHING = 1 << 30  # keys to the left or right, without a limit
 DEFAULT = {
     "model": ("mma_sync_03", "mma_sync_02"),
@@ -61,6 +64,7 @@ def attention(
     deterministic: bool = False,
     step: str | int | None = None,
     backward_step: str | int | None = None,
+    kernels: Kernels = "cuda",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(cap(scale q k') + bias, over the keys in sight) v, in the type of q; sums are float32.
 
@@ -78,7 +82,11 @@ def attention(
     `return_lse`: also log-sum-exp of the scores, float32 (B, H, T), packed (H, rows), natural logarithm; -inf where
     nothing is seen. It is differentiable too. `deterministic`: the gradient of q is summed in a fixed order. Dropout is
     not supported. `step`, `backward_step`: by name or number from 1 on; None: the best for the device.
+
+    `kernels` "triton": the same by Triton, for float32 and head widths 16 and 32 too. It has no steps, and is always
+    deterministic.
     """
+    check_kernels(kernels)
     _refuse_features(q, window, softcap, dropout)
     tensors = {
         "q": q,
@@ -89,7 +97,9 @@ def attention(
         "cu_seqlens_q": cu_seqlens_q,
         "cu_seqlens_k": cu_seqlens_k,
     }
-    _check(**tensors)
+    _check(kernels, **tensors)
+    if kernels == "triton" and (step, backward_step) != (None, None):
+        raise ValueError(f"step {step!r}, backward_step {backward_step!r}: expected None, there are none in Triton")
     forward, backward = _step_name(step, FORWARD, "step"), _step_name(backward_step, BACKWARD, "backward_step")
     packed = cu_seqlens_q is not None
     longest_q = _longest("cu_seqlens_q", cu_seqlens_q, q) if packed else q.shape[2]
@@ -100,19 +110,25 @@ def attention(
     o, lse = _attention(
         q, k, v, sink, bias, cu_seqlens_q, cu_seqlens_k, longest_q, longest_k,
         q.shape[-1] ** -0.5 if scale is None else float(scale), float(softcap), reach, 0 if causal else reach,
-        deterministic, forward, backward,
+        deterministic, forward, backward, kernels,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
 
 def causal_attention(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, *, window: int = 0, mask_BTS: Tensor | None = None
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    *,
+    window: int = 0,
+    mask_BTS: Tensor | None = None,
+    kernels: Kernels = "cuda",
 ) -> Tensor:
     """What minigpt.model.causal_attention computes. A mask (True: sees) replaces the causal rule; it becomes a bias."""
     if mask_BTS is None:
-        return attention(q_BHTK, k_BGSK, v_BGSK, causal=True, window=window)
+        return attention(q_BHTK, k_BGSK, v_BGSK, causal=True, window=window, kernels=kernels)
     hidden = torch.zeros(mask_BTS.shape, device=q_BHTK.device).masked_fill_(~mask_BTS, -math.inf)
-    return attention(q_BHTK, k_BGSK, v_BGSK, bias=hidden[:, None])
+    return attention(q_BHTK, k_BGSK, v_BGSK, bias=hidden[:, None], kernels=kernels)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -135,16 +151,17 @@ def _step_name(step: str | int | None, ladder: Sequence[str], what: str) -> str 
     raise ValueError(f"{what} {step!r}: expected None, 1 to {len(ladder)}, or one of {', '.join(ladder)}")
 
 
-def _check(q, k, v, sink, bias, cu_seqlens_q, cu_seqlens_k) -> None:
+def _check(kernels: Kernels, q, k, v, sink, bias, cu_seqlens_q, cu_seqlens_k) -> None:
     """Types, devices and shapes; strides and addresses are checked where there are some, by `_prepared`."""
     packed = cu_seqlens_q is not None
     if packed != (cu_seqlens_k is not None):
         raise ValueError("cu_seqlens_q and cu_seqlens_k: expected both or none")
+    dtypes, widths = (TRITON_DTYPES, TRITON_HEAD_DIMS) if kernels == "triton" else (DTYPES, HEAD_DIMS)
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise ValueError(f"{name} is a {type(x).__name__}: expected a torch tensor")
-        if x.dtype not in DTYPES:
-            raise ValueError(f"{name} is {x.dtype}: expected torch.bfloat16 or torch.float16; call .to()")
+        if x.dtype not in dtypes:
+            raise ValueError(f"{name} is {x.dtype}: expected {' or '.join(map(str, dtypes))}; call .to()")
         if x.dtype != q.dtype:
             raise ValueError(f"{name} is {x.dtype}: expected {q.dtype}, as q is; call .to()")
         if x.ndim != (3 if packed else 4):
@@ -157,8 +174,8 @@ def _check(q, k, v, sink, bias, cu_seqlens_q, cu_seqlens_k) -> None:
     if q.device.type not in ("cpu", "cuda", "meta"):
         raise ValueError(f"q is on {q.device}: expected the CPU or a CUDA device")
     (H, G), K = (x.shape[1] for x in (q, k)), q.shape[-1]
-    if K not in HEAD_DIMS:
-        raise ValueError(f"q has head width {K}: expected one of {', '.join(map(str, HEAD_DIMS))}")
+    if K not in widths:
+        raise ValueError(f"q has head width {K}: expected one of {', '.join(map(str, widths))}")
     if G == 0 or H % G:
         raise ValueError(f"k has {G} heads, q has {H}: expected a divisor")
     keys = k.shape if packed else (q.shape[0], G, k.shape[2], K)
@@ -275,6 +292,7 @@ def _attention(
     deterministic: bool,
     step: str | None,
     backward_step: str | None,
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor]:
     q, k, v = (_prepared(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
     o, lse = _rows_like(q), _lse_like(q)
@@ -283,8 +301,8 @@ def _attention(
     if longest_k == 0:  # nothing to see: nothing to launch
         lse.copy_(-math.inf if sink is None else _by_head(sink, lse)), o.zero_()
         return o, lse
-    here = place(q.device, step, ANYWHERE)
-    step = choose(here.kind, step, None)[0]
+    here = place(q.device, step, ANYWHERE, kernels)
+    step = None if kernels == "triton" else choose(here.kind, step, None)[0]
     scores = None
     if step == "naive_01":
         B = q.shape[0] if starts_q is None else starts_q.numel() - 1
@@ -331,6 +349,7 @@ def _attention_backward(
     right: int,
     deterministic: bool,
     backward_step: str | None,
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and the sink (empty without one)."""
     dq, dk, dv = _rows_like(q), _rows_like(k), _rows_like(v)
@@ -339,22 +358,30 @@ def _attention_backward(
         return dq.zero_(), dk.zero_(), dv.zero_(), d_sink
     d_o = _upstream(d_o)
     q, k, v = (_prepared(name, x) for name, x in (("q", q), ("k", k), ("v", v)))
-    here = place(q.device, backward_step, ANYWHERE)
-    heads, total = q.shape[1], q.shape[0] if starts_q is not None else q.shape[0] * q.shape[2]
-    sequences = q.shape[0] if starts_q is None else starts_q.numel() - 1
+    here = place(q.device, backward_step, ANYWHERE, kernels)
     delta = torch.empty_like(lse)
+    workspaces = {} if kernels == "triton" else _workspaces(here.kind, backward_step, q, starts_q)
     here.run(
-        "attention_backward", step=choose(here.kind, None, backward_step)[1], q=q, k=k, v=v, o=o, lse=lse, d_o=d_o,
+        "attention_backward", q=q, k=k, v=v, o=o, lse=lse, d_o=d_o,
         d_lse=None if d_lse is None else d_lse.contiguous(), dq=dq, dk=dk, dv=dv, sink=sink, bias=bias,
         starts_q=starts_q, starts_k=starts_k, longest_q=longest_q, longest_k=longest_k, scale=scale, softcap=softcap,
-        left=left, right=right, deterministic=deterministic, delta=delta,
-        dq_sum=delta.new_empty(heads * (total + 128 * sequences) * q.shape[-1]),
-        turns=delta.new_empty(heads * (total // 64 + sequences), dtype=torch.int32),
+        left=left, right=right, deterministic=deterministic, delta=delta, **workspaces,
     )  # fmt: skip
     if sink is not None:  # the sink is a key whose value is zero: d score = -p delta
         by_row = -torch.exp(_by_head(sink, lse) - lse.masked_fill(lse == -math.inf, math.inf)) * delta
         d_sink = by_row.sum(1) if by_row.ndim == 2 else by_row.sum((0, 2))
     return dq, dk, dv, d_sink
+
+
+def _workspaces(kind: Kind, backward_step: str | None, q: Tensor, starts_q: Tensor | None) -> dict[str, str | Tensor]:
+    """What steps need beyond tensors in and out, and their choice."""
+    heads, total = q.shape[1], q.shape[0] if starts_q is not None else q.shape[0] * q.shape[2]
+    sequences = q.shape[0] if starts_q is None else starts_q.numel() - 1
+    return {
+        "step": choose(kind, None, backward_step)[1],
+        "dq_sum": q.new_empty(heads * (total + 128 * sequences) * q.shape[-1], dtype=torch.float32),
+        "turns": q.new_empty(heads * (total // 64 + sequences), dtype=torch.int32),
+    }
 
 
 @_attention_backward.register_fake
@@ -364,7 +391,7 @@ def _(d_o, d_lse, q, k, v, o, lse, sink, *_):
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, sink, bias, starts_q, starts_k, *ctx.numbers, ctx.deterministic, _, ctx.step = inputs
+    q, k, v, sink, bias, starts_q, starts_k, *ctx.numbers, ctx.deterministic, _, ctx.step, ctx.kernels = inputs
     ctx.save_for_backward(q, k, v, *output, sink, bias, starts_q, starts_k)
     ctx.set_materialize_grads(False)
 
@@ -373,9 +400,9 @@ def _gradients(ctx, d_o: Tensor | None, d_lse: Tensor | None):
     q, k, v, o, lse, *others = ctx.saved_tensors
     if d_o is None:
         d_o = torch.zeros_like(o)
-    given = (d_o, d_lse, q, k, v, o, lse, *others, *ctx.numbers, ctx.deterministic, ctx.step)
+    given = (d_o, d_lse, q, k, v, o, lse, *others, *ctx.numbers, ctx.deterministic, ctx.step, ctx.kernels)
     dq, dk, dv, d_sink = _attention_backward(*given)
-    return dq, dk, dv, None if others[0] is None else d_sink, *[None] * 12
+    return dq, dk, dv, None if others[0] is None else d_sink, *[None] * 13
 
 
 _attention.register_autograd(_gradients, setup_context=_save)

@@ -1,9 +1,10 @@
-"""The attention ladder beside torch's backends in the same process: `python -m cuda.bench_attention`.
+"""The attention ladder beside Triton and torch's backends in the same process: `python -m cuda.bench_attention`.
 
 On a GPU: forward and backward by head width, mask and number of tokens, results compared with a peer's before anything
-is timed; TFLOP/s and the ratio to the fastest peer. The run keeps to a budget of time and says what it left out. On a
-CPU nothing is timed: the checked model counts what each step moves and computes, and cuda/replay.py says how busy the
-tensor cores could be. Results go to results/cuda/. Refused: timing what is wrong; then the exit code is 1.
+is timed; TFLOP/s and the ratio to the fastest peer. "triton" is ours too, what ops.attention takes under that name. The
+run keeps to a budget of time and says what it left out. On a CPU nothing is timed: the checked model counts what each
+step moves and computes, and cuda/replay.py says how busy the tensor cores could be. Results go to results/cuda/.
+Refused: timing what is wrong; then the exit code is 1.
 """
 
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from cuda.measure.ladder import Budget
 TOLERANCE = 3e-2  # of the largest element: two kernels that round probabilities to bf16 at different places
 PEAK = 989.4e12  # FLOP/s, NVIDIA's data sheet of the H100 SXM, dense
 COUNTED = (64, 192)  # head width, tokens: what a CPU counts
+OURS = (*FORWARD, *BACKWARD, "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +35,7 @@ class BenchConfig:
     tokens: str = field(default="512,1024,2048,4096,8192,16384", metadata={"help": "queries and keys"})
     forward: str = field(default="3,4,5,6,7,8,9", metadata={"help": "steps of the forward ladder; empty: none"})
     backward: str = field(default="2,3,4,5", metadata={"help": "steps of the backward ladder; empty: none"})
+    triton: str = field(default="64,128", metadata={"help": "head widths of ours in Triton; empty: none"})
     rounds: int = field(default=5, metadata={"help": "samples of each competitor, taken in turn"})
     budget_s: float = field(default=120.0, metadata={"help": "seconds that a run on a GPU may take"})
     out: Path = field(default=Path("results"), metadata={"help": "folder of the result files"})
@@ -40,9 +43,9 @@ class BenchConfig:
     def __post_init__(self) -> None:
         if self.rounds < 1 or not self.budget_s > 0:
             raise ValueError(f"rounds {self.rounds}, budget_s {self.budget_s}: expected positive numbers")
-        for width in numbers("head_dims", self.head_dims):
-            if width not in attention_ops.HEAD_DIMS:
-                raise ValueError(f"head_dims {self.head_dims!r}: expected some of {attention_ops.HEAD_DIMS}")
+        for name in ("head_dims", "triton"):
+            if not set(numbers(name, getattr(self, name))) <= set(attention_ops.HEAD_DIMS):
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected some of {attention_ops.HEAD_DIMS}")
         numbers("tokens", self.tokens)
         for name, steps in (("forward", FORWARD), ("backward", BACKWARD)):
             self.steps(name, steps)
@@ -78,6 +81,8 @@ class Run:
         for step in self.config.steps(kind, BACKWARD if backward else FORWARD):
             one = attention.ours(shape, None, step) if backward else attention.ours(shape, step, None)
             competitors[step] = one
+        if shape.head_dim in numbers("triton", self.config.triton):  # each width takes its seconds to compile
+            competitors["triton"] = attention.ours(shape, None, None, kernels="triton")
         everyone = competitors | attention.peers(shape, inputs)
         functions: dict[str, Any] = {}
         for name, one in everyone.items():
@@ -98,8 +103,7 @@ class Run:
             print(f"FAILED, not timed: {self.failures[-1]}", flush=True)
             return
         flops = shape.flops(kind == "backward")
-        ladder = (*FORWARD, *BACKWARD)
-        best = min((s.median for name, s in taken.items() if name not in ladder), default=None)
+        best = min((s.median for name, s in taken.items() if name not in OURS), default=None)
         for name, samples in taken.items():
             row = {"step": name, "pass": kind, "head_dim": shape.head_dim, "tokens": shape.tokens,
                    "mask": "causal" if shape.causal else "full", "us": 1e6 * samples.median,

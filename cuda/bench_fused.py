@@ -1,10 +1,11 @@
-"""The fused operations beside torch, torch.compile and a copy of as many bytes: `python -m cuda.bench_fused`.
+"""The fused operations, ours and ours in Triton, beside torch, torch.compile and a copy: `python -m cuda.bench_fused`.
 
 On a GPU: microseconds, GB/s of the bytes that have to move, and these as a share of the bandwidth of a copy. On a CPU
 nothing is timed: the checked model counts the bytes that each operation moves, and how many sectors it takes. Results
 go to results/cuda/. Refused: timing what is wrong; then the rest is measured, and the exit code is 1.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from cuda.measure.fused import Case
 TOLERANCE = 3e-2  # of the largest element, in bf16
 SIZES = {"cuda": (16384, 2048, 50304), "cpu": (32, 256, 1024)}
 MUTATE = ("adamw", "cross_entropy and gradient, in place")  # each call changes its inputs: nothing to compare
+OURS = ("ours", "triton")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +32,7 @@ class BenchConfig:
     words: int = field(default=0, metadata={"help": "vocabulary; 0: 50304 on a GPU, 1024 on a CPU"})
     rounds: int = field(default=7, metadata={"help": "samples of each competitor, taken in turn"})
     compile: bool = field(default=True, metadata={"help": "torch.compile is a competitor too"})
+    triton: bool = field(default=True, metadata={"help": "our kernels in Triton are competitors too"})
     out: Path = field(default=Path("results"), metadata={"help": "folder of the result files"})
 
     def __post_init__(self) -> None:
@@ -43,22 +46,50 @@ class BenchConfig:
         return tuple(mine or usual for mine, usual in zip(given, SIZES[device], strict=True))
 
 
-def measure(case: Case, config: BenchConfig, bandwidth: float) -> list[dict[str, Any]]:
-    """Rows of one case. Raises ValueError for a result that is far from torch's."""
+def compiles(what: str, make: Callable[[], Callable[[], Any]], failures: list[str]) -> dict[str, Callable[[], Any]]:
+    """{"triton": the call}, or nothing where it does not run: that is noted, and costs the others nothing."""
+    try:
+        call = make()
+        call()
+    except Exception as error:  # whatever a compiler or a driver may raise
+        failures.append(f"{what}, triton: {type(error).__name__}: {error}")
+        print(f"FAILED, not timed: {failures[-1]}", flush=True)
+        return {}
+    return {"triton": call}
+
+
+def competitors(case: Case, config: BenchConfig, failures: list[str]) -> dict[str, Callable[[], Any]]:
+    """The calls that are timed, torch's last."""
     functions = {"ours": case.run(case.ours)}
+    if config.triton:
+        functions |= compiles(case.name, lambda: case.run(case.in_triton()), failures)
     if config.compile and case.inputs:
         functions["torch.compile"] = case.run(torch.compile(case.torchs))
-    functions["torch"] = case.run(case.torchs)
+    return functions | {"torch": case.run(case.torchs)}
+
+
+def measure(
+    case: Case, config: BenchConfig, bandwidth: float, failures: list[str], device: str = "cuda"
+) -> list[dict[str, Any]]:
+    """Rows of one case. Raises ValueError for a result that is far from torch's."""
+    functions = competitors(case, config, failures)
     check = (lambda _: None) if case.name in MUTATE else timing.close(TOLERANCE)
-    taken = timing.compare(functions, rounds=config.rounds, warmup=3, check=check, device="cuda")
+    taken = timing.compare(functions, rounds=config.rounds, warmup=3, check=check, device=device)
     rows = []
     for name, samples in taken.items():
         rate = case.bytes / samples.median
         rows.append({"operation": case.name, "pass": "backward" if case.backward else "forward", "by": name,
                      "us": 1e6 * samples.median, "gb_per_s": rate / 1e9, "of_copy": rate / bandwidth,
                      "samples": samples})  # fmt: skip
-    ours = rows[0]
-    ours["of_best_peer"] = min(row["us"] for row in rows[1:]) / ours["us"]
+    return with_ratios(rows)
+
+
+def with_ratios(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Ours get `of_best_peer`, how many times as fast as the fastest of the others."""
+    best = min(row["us"] for row in rows if row["by"] not in OURS)
+    for row in rows:
+        if row["by"] in OURS:
+            row["of_best_peer"] = best / row["us"]
     return rows
 
 
@@ -68,7 +99,7 @@ def bench_cuda(config: BenchConfig) -> int:
     rows, failures = [], []
     for case in fused.cases("cuda", *config.sizes("cuda")):
         try:
-            found = measure(case, config, bandwidth)
+            found = measure(case, config, bandwidth, failures)
         except (ValueError, RuntimeError) as error:
             failures.append(f"{case.name}: {error}")
             print(f"FAILED, not timed: {failures[-1]}", flush=True)
@@ -78,26 +109,31 @@ def bench_cuda(config: BenchConfig) -> int:
             print(f"{what} {row['gb_per_s']:7.0f} GB/s {row['of_copy']:5.0%} of a copy", flush=True)
         rows += found
     try:
-        rows += measure_head(config)
+        head = measure_head(config, failures)
     except (ValueError, RuntimeError) as error:
         failures.append(f"linear + cross_entropy: {error}")
         print(f"FAILED, not timed: {failures[-1]}", flush=True)
     else:
-        for row in rows[-2:]:
+        for row in head:
             print(
                 f"{row['operation']:45} {row['by']:14} {row['us']:9.1f} us {row['peak_bytes'] / 1e6:9.1f} MB",
                 flush=True,
             )
+        rows += head
     settings = {key: getattr(config, key) for key in BenchConfig.__dataclass_fields__}
     settings |= {"failed": failures, "copy_bytes_per_s": bandwidth}
     print(save_result("cuda", "fused", rows, config=settings, device="cuda", root=config.out))
     return 1 if failures or not rows else 0
 
 
-def measure_head(config: BenchConfig) -> list[dict[str, Any]]:
+def measure_head(config: BenchConfig, failures: list[str]) -> list[dict[str, Any]]:
     """Time and memory of linear + cross-entropy. Raises ValueError for a result that is far from torch's."""
     tokens, width, words = config.sizes("cuda")
     functions = fused.loss_of_a_head("cuda", tokens, width, words)
+    triton = functions.pop("triton")
+    if config.triton:
+        name = "linear + cross_entropy"
+        functions = {"ours": functions["ours"]} | compiles(name, lambda: triton, failures) | functions
     peaks = {}
     for name, function in functions.items():
         torch.cuda.empty_cache()
@@ -111,9 +147,9 @@ def measure_head(config: BenchConfig) -> list[dict[str, Any]]:
     rows = [{"operation": "linear + cross_entropy", "pass": "both", "by": name, "us": 1e6 * samples.median,
              "tflops": flops / samples.median / 1e12, "peak_bytes": peaks[name], "samples": samples}
             for name, samples in taken.items()]  # fmt: skip
-    rows[0]["of_best_peer"] = rows[1]["us"] / rows[0]["us"]
-    rows[0]["memory_of_torch"] = peaks["ours"] / peaks["torch"]
-    return rows
+    for row in rows[:-1]:
+        row["memory_of_torch"] = peaks[row["by"]] / peaks["torch"]
+    return with_ratios(rows)
 
 
 def count(case: Case) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""How fast the steps of the matmul ladder are, beside cuBLAS in the same process: `python -m cuda.bench_matmul`.
+"""How fast the matmul ladder is, beside Triton and cuBLAS in the same process: `python -m cuda.bench_matmul`.
 
 On a GPU: each step and cuBLAS, by size; results are checked against float64, then timed by turns on random numbers, in
 short samples after a rest ("burst") and for seconds on end ("sustained"), with power and clock beside each row. The run
 keeps to a budget of time and says what it left out. `--tune` measures the tilings of the last step instead, and writes
 the table for cuda/dispatch.py. On a CPU nothing is timed: the checked model counts what each step moves and computes.
+The row "triton" is ours too, what ops.matmul takes under kernels="triton"; in bf16, and not in the ratios' peers.
 Results go to results/cuda/. Refused: timing what is wrong; then the rest is measured, and the exit code is 1.
 """
 
@@ -39,6 +40,7 @@ class BenchConfig:
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "auto is CUDA where there is one"})
     sizes: str = field(default="", metadata={"help": "n or m x n x k, as 512,8192x3072x768; empty: the usual ones"})
     steps: str = field(default="all", metadata={"help": "all, or names or numbers: 1,8,best_16"})
+    triton: bool = field(default=True, metadata={"help": "our kernels in Triton are a competitor too"})
     rounds: int = field(default=5, metadata={"help": "samples of each competitor, taken in turn"})
     rest_s: float = field(default=0.05, metadata={"help": "seconds of rest before each burst sample"})
     sustained_s: float = field(default=2.0, metadata={"help": "seconds of a sustained sample; 0: none"})
@@ -103,7 +105,8 @@ class Run:
 
     def ours(self, shape: Shape, dtype: torch.dtype) -> list[Competitor]:
         wanted = [step for step in self.steps if shape.square or step in HEADLINE]
-        return [products.our_step(step, shape) for step in wanted if products.dtype_of(step) == dtype]
+        triton = [products.triton_product(dtype)] if self.config.triton and dtype == torch.bfloat16 else []
+        return [products.our_step(step, shape) for step in wanted if products.dtype_of(step) == dtype] + triton
 
     def operands(self, shape: Shape, dtype: torch.dtype) -> Operands:
         return Operands(shape, dtype, products.set_count(shape, dtype, self.cache_bytes), self.device)

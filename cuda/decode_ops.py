@@ -3,8 +3,9 @@
     cache = PagedCache(1000, 64, kv_heads=2, head_dim=128)                 # cuda/paged_cache.py
     o = attention_decode(q, cache.k, cache.v, *cache.tables(sequences))    # q (B, H, T, K)
 
-CPU tensors run on the CPU model, CUDA tensors on the GPU, on the current stream, from Ampere on. There is no gradient:
-decoding is inference. Letters: B batch, H query heads, G heads of the cache, T new tokens, K head width.
+CPU tensors run on the CPU model, CUDA tensors on the GPU, on the current stream, from Ampere on; with kernels="triton"
+the same by Triton (triton_decode.py), which also takes float32 and any strides. There is no gradient: decoding is
+inference. Letters: B batch, H query heads, G heads of the cache, T new tokens, K head width.
 """
 
 import math
@@ -12,8 +13,9 @@ import math
 import torch
 from torch import Tensor
 
+from cuda import device
 from cuda.attention_ops import DTYPES, EVERYTHING, HEAD_DIMS
-from cuda.device import place
+from cuda.device import Kernels, check_kernels, place
 
 LEAST_KEYS = 256  # of a split; fewer, and writing and adding up its part costs more than it hides
 
@@ -32,11 +34,13 @@ def attention_decode(
     splits: int | None = None,
     return_lse: bool = False,
     check: bool = False,
+    kernels: Kernels = "cuda",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The attention of the T last tokens of each sequence to what is in the cache, themselves included.
 
     q (B, H, T, K) in bfloat16 or float16; k_cache and v_cache (blocks, block_size, G, K) in its type, block_size a
-    multiple of 16, H a multiple of G. Strides are free but for the last dimension, in multiples of 8.
+    multiple of 16, H a multiple of G. Strides are free but for the last dimension, in multiples of 8. With kernels
+    "triton" float32 goes too, and strides need be multiples of nothing.
     block_table (B, most_blocks) int32: entry i is the block of keys i * block_size and on. Entries past a sequence's
     length, and those that lie before all windows, may hold anything. lengths (B,) int32: keys of each sequence, the T
     new ones included. Query t stands at key lengths[b] - T + t and sees that and the ones before; with window > 0 that
@@ -52,6 +56,7 @@ def attention_decode(
     they are on the CPU; on a GPU that would wait for it, so they are looked at with check=True alone. Without it the
     caller answers for them: a block that does not exist is a wild read.
     """
+    check_kernels(kernels)
     given = {
         "q": q,
         "k_cache": k_cache,
@@ -69,7 +74,7 @@ def attention_decode(
             raise ValueError(f"{name} requires a gradient: decoding has none; expected torch.no_grad() or .detach()")
     o, lse = _decode(
         q, k_cache, v_cache, block_table, lengths, sink, window, None if scale is None else float(scale),
-        float(softcap), splits, check,
+        float(softcap), splits, check, kernels,
     )  # fmt: skip
     return (o, lse) if return_lse else o
 
@@ -88,9 +93,10 @@ def splits_of(batch: int, kv_heads: int, longest: int, multiprocessors: int) -> 
 # ---- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _check_types(q: Tensor, given: dict[str, Tensor | None]) -> None:
-    if q.dtype not in DTYPES:
-        raise ValueError(f"q is {q.dtype}: expected one of {DTYPES}; call .to()")
+def _check_types(q: Tensor, given: dict[str, Tensor | None], kernels: str) -> None:
+    dtypes = device.DTYPES if kernels == "triton" else DTYPES
+    if q.dtype not in dtypes:
+        raise ValueError(f"q is {q.dtype}: expected one of {dtypes}; call .to()")
     wanted = dict.fromkeys(("k_cache", "v_cache"), q.dtype) | dict.fromkeys(("block_table", "lengths"), torch.int32)
     for name, x in given.items():
         if x is None:
@@ -106,14 +112,13 @@ def _expect_shape(name: str, x: Tensor, *shape: int) -> None:
         raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {shape}")
 
 
-def _checked(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits) -> None:
+def _checked(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits, kernels) -> None:
     for name, x, wanted in (("q", q, "(B, H, T, K)"), ("k_cache", k_cache, "(blocks, block_size, G, K)")):
         if x.ndim != 4:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected {wanted}")
     (B, H, _, K), (blocks, block_size, G, _) = q.shape, k_cache.shape
-    _check_types(
-        q, {"k_cache": k_cache, "v_cache": v_cache, "block_table": block_table, "lengths": lengths, "sink": sink}
-    )
+    others = {"k_cache": k_cache, "v_cache": v_cache, "block_table": block_table, "lengths": lengths, "sink": sink}
+    _check_types(q, others, kernels)
     if K not in HEAD_DIMS:
         raise ValueError(f"q has head width {K}: expected one of {HEAD_DIMS}")
     if block_size == 0 or block_size % 16:
@@ -179,8 +184,9 @@ def _decode(
     softcap: float,
     splits: int | None,
     check: bool,
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor]:
-    _checked(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits)
+    _checked(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits, kernels)
     if check or lengths.device.type == "cpu":
         _check_values(k_cache, block_table, lengths, q.shape[2], window)
     (B, H, T, K), (blocks, block_size, G, _) = q.shape, k_cache.shape
@@ -189,7 +195,7 @@ def _decode(
         o.zero_()
         lse.copy_(lse.new_full((), -math.inf).expand_as(lse) if sink is None else sink[:, None].expand_as(lse))
         return o, lse
-    here = place(q.device)
+    here = place(q.device, kernels=kernels)
     longest = block_table.shape[1] * block_size  # what the lengths are is known to the GPU alone
     if window:
         longest = min(longest, window + T)
@@ -214,6 +220,6 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @_decode.register_fake
-def _(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits, check):
-    _checked(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits)
+def _(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits, check, kernels="cuda"):
+    _checked(q, k_cache, v_cache, block_table, lengths, sink, window, scale, softcap, splits, kernels)
     return _results(q)

@@ -6,10 +6,11 @@
     y = gelu(x, approximate="tanh")                          y = relu2(x)                y = softmax(x)
 
 Types are float32, bfloat16 and float16, all sums float32. CPU tensors run on the CPU model (cuda/_simt), CUDA tensors
-on the GPU, on the current stream. Rows may lie anywhere, but their elements lie side by side. Refused with a
-ValueError: other types, shapes that do not fit, tensors on two devices, a last dimension that is not contiguous, norms
-of more than 16384 elements of 16 bits or 12288 of 32 (5120 where rows do not start at multiples of 16 bytes); with a
-RuntimeError: a module that is not built, gradients of gradients. Letters: C is the width of a row.
+on the GPU, on the current stream; with kernels="triton" in Triton's interpreter, or compiled by Triton. Rows may lie
+anywhere, but their elements lie side by side. Refused with a ValueError: other types, shapes that do not fit, tensors
+on two devices, a last dimension that is not contiguous, norms in CUDA C++ of more than 16384 elements of 16 bits or
+12288 of 32 (5120 where rows do not start at multiples of 16 bytes); with a RuntimeError: a module that is not built,
+Triton that is not installed, gradients of gradients. Letters: C is the width of a row.
 """
 
 from collections.abc import Sequence
@@ -17,17 +18,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cuda.device import DTYPES, place
+from cuda.device import DTYPES, Kernels, check_kernels, place
 
 BLOCKS = 3  # a multiprocessor: of blocks that sum gradients of gains, each with a row of partial sums
 
 
 def rms_norm(
-    x: Tensor, gain: Tensor | None = None, *, eps: float = 1e-6, residual: Tensor | None = None
+    x: Tensor,
+    gain: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    residual: Tensor | None = None,
+    kernels: Kernels = "cuda",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """x / sqrt(mean(x^2) + eps) * gain over the last dimension; with a residual (y, h), where h = x + residual is what
     is normalised. x and residual (.., C) have one type, gain (C,) that or float32, results the type of x."""
-    y, h, _, _ = _rms_norm(x, residual, gain, None, float(eps))
+    check_kernels(kernels)
+    y, h, _, _ = _rms_norm(x, residual, gain, None, float(eps), kernels)
     return y if residual is None else (y, h)
 
 
@@ -38,45 +45,52 @@ def layer_norm(
     *,
     eps: float = 1e-5,
     residual: Tensor | None = None,
+    kernels: Kernels = "cuda",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """(x - mean(x)) / sqrt(var(x) + eps) * gain + bias over the last dimension, else as rms_norm. bias (C,) has the
     type of gain, and none goes without a gain."""
-    y, h, _, _ = _layer_norm(x, residual, gain, bias, float(eps))
+    check_kernels(kernels)
+    y, h, _, _ = _layer_norm(x, residual, gain, bias, float(eps), kernels)
     return y if residual is None else (y, h)
 
 
-def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary(x: Tensor, cos: Tensor, sin: Tensor, *, kernels: Kernels = "cuda") -> Tensor:
     """Channels i and i + K/2 of x (.., T, K) turned by an angle: x1 cos - x2 sin, x2 cos + x1 sin.
 
     cos and sin, float32 or of x's type, are (.., T, K/2), with leading dimensions that broadcast to those of x; or
     (.., T, K) with two equal halves, of which the first is read. No gradient goes into them.
     """
+    check_kernels(kernels)
     for name, table in (("cos", cos), ("sin", sin)):
         if table.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{name} requires a gradient: expected a constant, call .detach()")
-    return _rotary(x, cos, sin, 1.0)
+    return _rotary(x, cos, sin, 1.0, kernels)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def swiglu(gate: Tensor, up: Tensor, *, kernels: Kernels = "cuda") -> Tensor:
     """silu(gate) * up, of one shape and type; both may be halves of one tensor."""
-    return _swiglu(gate, up)
+    check_kernels(kernels)
+    return _swiglu(gate, up, kernels)
 
 
-def gelu(x: Tensor, approximate: str = "none") -> Tensor:
+def gelu(x: Tensor, approximate: str = "none", *, kernels: Kernels = "cuda") -> Tensor:
     """x * Phi(x), exactly, or with approximate "tanh" by the usual formula."""
+    check_kernels(kernels)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate {approximate!r}: expected one of none, tanh")
-    return _activation(x, "gelu" if approximate == "none" else "gelu_tanh")
+    return _activation(x, "gelu" if approximate == "none" else "gelu_tanh", kernels)
 
 
-def relu2(x: Tensor) -> Tensor:
+def relu2(x: Tensor, *, kernels: Kernels = "cuda") -> Tensor:
     """max(x, 0)^2."""
-    return _activation(x, "relu2")
+    check_kernels(kernels)
+    return _activation(x, "relu2", kernels)
 
 
-def softmax(x: Tensor) -> Tensor:
+def softmax(x: Tensor, *, kernels: Kernels = "cuda") -> Tensor:
     """Over the last dimension."""
-    return _softmax(x)
+    check_kernels(kernels)
+    return _softmax(x, kernels)
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -182,12 +196,14 @@ def _empty_results(x: Tensor, residual: Tensor | None, centred: bool) -> tuple[T
     return _like(x), h, mean, x.new_empty(rows, dtype=torch.float32)
 
 
-def _normalise(x, residual, gain, bias, eps: float, centred: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _normalise(
+    x, residual, gain, bias, eps: float, kernels: str, centred: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     _check_norm(x, residual, gain, bias)
     y, h, mean, rstd = _empty_results(x, residual, centred)
     if x.numel() == 0:
         return y, h, mean.zero_(), rstd.zero_()
-    here = place(x.device)
+    here = place(x.device, kernels=kernels)
     rows = _rows({"x": x, "residual": residual, "y": y, "h": None if residual is None else h})
     parameters = {name: p.detach() for name, p in (("gain", gain), ("bias", bias)) if p is not None}
     here.run("norm_forward", **rows, **parameters, mean=mean if centred else None, rstd=rstd, eps=eps)
@@ -196,26 +212,36 @@ def _normalise(x, residual, gain, bias, eps: float, centred: bool) -> tuple[Tens
 
 @torch.library.custom_op("groundup::rms_norm", mutates_args=(), device_types=("cpu", "cuda"))
 def _rms_norm(
-    x: Tensor, residual: Tensor | None, gain: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _normalise(x, residual, gain, bias, eps, False)
+    return _normalise(x, residual, gain, bias, eps, kernels, False)
 
 
 @torch.library.custom_op("groundup::layer_norm", mutates_args=(), device_types=("cpu", "cuda"))
 def _layer_norm(
-    x: Tensor, residual: Tensor | None, gain: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    residual: Tensor | None,
+    gain: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _normalise(x, residual, gain, bias, eps, True)
+    return _normalise(x, residual, gain, bias, eps, kernels, True)
 
 
 @_rms_norm.register_fake
-def _(x, residual, gain, bias, eps):
+def _(x, residual, gain, bias, eps, kernels="cuda"):
     _check_norm(x, residual, gain, bias)
     return _empty_results(x, residual, False)
 
 
 @_layer_norm.register_fake
-def _(x, residual, gain, bias, eps):
+def _(x, residual, gain, bias, eps, kernels="cuda"):
     _check_norm(x, residual, gain, bias)
     return _empty_results(x, residual, True)
 
@@ -233,12 +259,19 @@ def _gradient_shapes(h: Tensor, gain: Tensor | None, biased: bool) -> tuple[Tens
 
 @torch.library.custom_op("groundup::norm_backward", mutates_args=(), device_types=("cpu", "cuda"))
 def _norm_backward(
-    d_y: Tensor, d_h: Tensor | None, h: Tensor, gain: Tensor | None, mean: Tensor, rstd: Tensor, biased: bool
+    d_y: Tensor,
+    d_h: Tensor | None,
+    h: Tensor,
+    gain: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    biased: bool,
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_x, d_gain, d_bias = _gradient_shapes(h, gain, biased)
     if h.numel() == 0:
         return d_x, d_gain.zero_(), d_bias.zero_()
-    here = place(h.device)
+    here = place(h.device, kernels=kernels)
     summed = {}
     if gain is not None:
         shape = (BLOCKS * here.multiprocessors, 2 if biased else 1, -(-h.shape[-1] // 4) * 4)
@@ -251,12 +284,12 @@ def _norm_backward(
 
 
 @_norm_backward.register_fake
-def _(d_y, d_h, h, gain, mean, rstd, biased):
+def _(d_y, d_h, h, gain, mean, rstd, biased, kernels="cuda"):
     return _gradient_shapes(h, gain, biased)
 
 
 def _save_norm(ctx, inputs, output) -> None:
-    x, residual, gain, bias, _ = inputs
+    x, residual, gain, bias, _, ctx.kernels = inputs
     _, h, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
@@ -271,12 +304,13 @@ def _norm_gradients(ctx, d_y, d_h, *_):
     if d_y is None:
         d_x = d_h
     else:
-        d_x, d_gain, d_bias = _norm_backward(_readable(d_y, h), d_h, h, gain, mean, rstd, ctx.biased)
+        d_x, d_gain, d_bias = _norm_backward(_readable(d_y, h), d_h, h, gain, mean, rstd, ctx.biased, ctx.kernels)
     return (
         d_x,
         d_x if ctx.residual else None,
         d_gain if gain is not None else None,
         d_bias if ctx.biased else None,
+        None,
         None,
     )
 
@@ -309,28 +343,28 @@ def _tables(x: Tensor, cos: Tensor, sin: Tensor) -> dict[str, Tensor]:
 
 
 @torch.library.custom_op("groundup::rotary", mutates_args=(), device_types=("cpu", "cuda"))
-def _rotary(x: Tensor, cos: Tensor, sin: Tensor, sign: float) -> Tensor:
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, sign: float, kernels: str = "cuda") -> Tensor:
     tables = _tables(x, cos, sin)
     y = _like(x)
     if x.numel():
-        here = place(x.device)
+        here = place(x.device, kernels=kernels)
         here.run("rotary", **_rows({"x": x, "y": y, **tables}), sign=sign)
     return y
 
 
 @_rotary.register_fake
-def _(x, cos, sin, sign):
+def _(x, cos, sin, sign, kernels="cuda"):
     _tables(x, cos, sin)
     return _like(x)
 
 
 def _save_rotary(ctx, inputs, output) -> None:
-    _, cos, sin, ctx.sign = inputs
+    _, cos, sin, ctx.sign, ctx.kernels = inputs
     ctx.save_for_backward(cos, sin)
 
 
 def _turn_back(ctx, d_y: Tensor):
-    return _rotary(_readable(d_y, d_y), *ctx.saved_tensors, -ctx.sign), None, None, None
+    return _rotary(_readable(d_y, d_y), *ctx.saved_tensors, -ctx.sign, ctx.kernels), None, None, None, None
 
 
 _rotary.register_autograd(_turn_back, setup_context=_save_rotary)
@@ -344,117 +378,133 @@ def _check_pair(gate: Tensor, up: Tensor) -> None:
     _check_shape("up", up, gate.shape)
 
 
-def _run_activation(name: str, kind: str, given: dict[str, Tensor]) -> None:
+def _run_activation(name: str, kind: str, kernels: str, given: dict[str, Tensor]) -> None:
     x = next(iter(given.values()))
     if x.numel():
-        here = place(x.device)
+        here = place(x.device, kernels=kernels)
         here.run(name, **_elements(given), kind=kind)
 
 
 @torch.library.custom_op("groundup::swiglu", mutates_args=(), device_types=("cpu", "cuda"))
-def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+def _swiglu(gate: Tensor, up: Tensor, kernels: str = "cuda") -> Tensor:
     _check_pair(gate, up)
     y = _like(gate)
-    _run_activation("activation_forward", "swiglu", {"gate": gate, "up": up, "y": y})
+    _run_activation("activation_forward", "swiglu", kernels, {"gate": gate, "up": up, "y": y})
     return y
 
 
 @_swiglu.register_fake
-def _(gate, up):
+def _(gate, up, kernels="cuda"):
     _check_pair(gate, up)
     return _like(gate)
 
 
 @torch.library.custom_op("groundup::swiglu_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _swiglu_backward(d_y: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def _swiglu_backward(d_y: Tensor, gate: Tensor, up: Tensor, kernels: str = "cuda") -> tuple[Tensor, Tensor]:
     d_gate, d_up = _like(gate), _like(up)
     given = {"gate": gate, "up": up, "d_y": d_y, "d_gate": d_gate, "d_up": d_up}
-    _run_activation("activation_backward", "swiglu", given)
+    _run_activation("activation_backward", "swiglu", kernels, given)
     return d_gate, d_up
 
 
 @_swiglu_backward.register_fake
-def _(d_y, gate, up):
+def _(d_y, gate, up, kernels="cuda"):
     return _like(gate), _like(up)
 
 
-_swiglu.register_autograd(
-    lambda ctx, d_y: _swiglu_backward(_readable(d_y, ctx.saved_tensors[0]), *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
-)
+def _save_swiglu(ctx, inputs, output) -> None:
+    *saved, ctx.kernels = inputs
+    ctx.save_for_backward(*saved)
+
+
+def _swiglu_gradients(ctx, d_y: Tensor):
+    gate, up = ctx.saved_tensors
+    return *_swiglu_backward(_readable(d_y, gate), gate, up, ctx.kernels), None
+
+
+_swiglu.register_autograd(_swiglu_gradients, setup_context=_save_swiglu)
 
 
 @torch.library.custom_op("groundup::activation", mutates_args=(), device_types=("cpu", "cuda"))
-def _activation(x: Tensor, kind: str) -> Tensor:
+def _activation(x: Tensor, kind: str, kernels: str = "cuda") -> Tensor:
     _check("x", {"x": x})
     y = _like(x)
-    _run_activation("activation_forward", kind, {"x": x, "y": y})
+    _run_activation("activation_forward", kind, kernels, {"x": x, "y": y})
     return y
 
 
 @_activation.register_fake
-def _(x, kind):
+def _(x, kind, kernels="cuda"):
     _check("x", {"x": x})
     return _like(x)
 
 
 @torch.library.custom_op("groundup::activation_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _activation_backward(d_y: Tensor, x: Tensor, kind: str) -> Tensor:
+def _activation_backward(d_y: Tensor, x: Tensor, kind: str, kernels: str = "cuda") -> Tensor:
     d_x = _like(x)
-    _run_activation("activation_backward", kind, {"x": x, "d_y": d_y, "d_x": d_x})
+    _run_activation("activation_backward", kind, kernels, {"x": x, "d_y": d_y, "d_x": d_x})
     return d_x
 
 
 @_activation_backward.register_fake
-def _(d_y, x, kind):
+def _(d_y, x, kind, kernels="cuda"):
     return _like(x)
 
 
 def _save_activation(ctx, inputs, output) -> None:
-    x, ctx.kind = inputs
+    x, ctx.kind, ctx.kernels = inputs
     ctx.save_for_backward(x)
 
 
-_activation.register_autograd(
-    lambda ctx, d_y: (_activation_backward(_readable(d_y, ctx.saved_tensors[0]), *ctx.saved_tensors, ctx.kind), None),
-    setup_context=_save_activation,
-)
+def _activation_gradients(ctx, d_y: Tensor):
+    (x,) = ctx.saved_tensors
+    return _activation_backward(_readable(d_y, x), x, ctx.kind, ctx.kernels), None, None
+
+
+_activation.register_autograd(_activation_gradients, setup_context=_save_activation)
 
 
 # ---- softmax ---------------------------------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("groundup::softmax", mutates_args=(), device_types=("cpu", "cuda"))
-def _softmax(x: Tensor) -> Tensor:
+def _softmax(x: Tensor, kernels: str = "cuda") -> Tensor:
     _check("x", {"x": x})
     y = _like(x)
     if x.numel():
-        here = place(x.device)
+        here = place(x.device, kernels=kernels)
         here.run("softmax_forward", **_rows({"x": x, "y": y}))
     return y
 
 
 @_softmax.register_fake
-def _(x):
+def _(x, kernels="cuda"):
     _check("x", {"x": x})
     return _like(x)
 
 
 @torch.library.custom_op("groundup::softmax_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _softmax_backward(d_y: Tensor, y: Tensor) -> Tensor:
+def _softmax_backward(d_y: Tensor, y: Tensor, kernels: str = "cuda") -> Tensor:
     d_x = _like(y)
     if y.numel():
-        here = place(y.device)
+        here = place(y.device, kernels=kernels)
         here.run("softmax_backward", **_rows({"y": y, "d_y": d_y, "d_x": d_x}))
     return d_x
 
 
 @_softmax_backward.register_fake
-def _(d_y, y):
+def _(d_y, y, kernels="cuda"):
     return _like(y)
 
 
-_softmax.register_autograd(
-    lambda ctx, d_y: _softmax_backward(_readable(d_y, ctx.saved_tensors[0]), *ctx.saved_tensors),
-    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(output),
-)
+def _save_softmax(ctx, inputs, output) -> None:
+    _, ctx.kernels = inputs
+    ctx.save_for_backward(output)
+
+
+def _softmax_gradient(ctx, d_y: Tensor):
+    (y,) = ctx.saved_tensors
+    return _softmax_backward(_readable(d_y, y), y, ctx.kernels), None
+
+
+_softmax.register_autograd(_softmax_gradient, setup_context=_save_softmax)

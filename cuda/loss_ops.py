@@ -4,8 +4,9 @@
     loss = loss_ops.linear_cross_entropy(x, head.weight, targets)           # of x @ weight.T, which never exists whole
     rows = loss_ops.embedding(tokens, table)
 
-CPU tensors run on the CPU model (cuda/_simt), CUDA tensors on the GPU, on the current stream. Sums are float32 and
-always in the same order. All have gradients, none has second derivatives. torch.compile sees one operation.
+`kernels` says whose they are: CPU tensors run on the CPU model (cuda/_simt) for "cuda" and in Triton's interpreter for
+"triton", CUDA tensors on the GPU, on the current stream. Sums are float32 and always in the same order. All have
+gradients, none has second derivatives. torch.compile sees one operation.
 
 Losses are the mean over the targets that are not `ignore_index`, in nats and float32; without such targets NaN, with
 gradients of zero, as torch has it. `softcap` makes logits softcap * tanh(logits / softcap) first. `z_loss` adds the
@@ -25,18 +26,25 @@ import torch
 from torch import Tensor
 
 from cuda import dispatch
-from cuda.device import DTYPES, place
+from cuda.device import DTYPES, Kernels, check_kernels, place
 
 PIECE = 64  # sorted tokens that a block of embedding_backward sums: piece_length in fused/embedding.cu
 
 
 def cross_entropy(
-    logits: Tensor, targets: Tensor, *, softcap: float = 0.0, z_loss: float = 0.0, ignore_index: int = -100
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    ignore_index: int = -100,
+    kernels: Kernels = "cuda",
 ) -> Tensor:
     """The mean cross-entropy, 0-dim float32. logits (.., V) of any of the three types, targets (..) int64 or int32.
 
     Forward reads the logits once; backward reads them once more and writes their gradient.
     """
+    check_kernels(kernels)
     _check_options(softcap, z_loss)
     if logits.ndim < 2 or tuple(targets.shape) != tuple(logits.shape[:-1]):
         raise ValueError(
@@ -45,7 +53,7 @@ def cross_entropy(
         )
     _check_types(logits=logits)
     logits, targets = logits.reshape(-1, logits.shape[-1]), _as_targets(targets)
-    return _cross_entropy(logits, targets, float(softcap), float(z_loss), int(ignore_index))[0]
+    return _cross_entropy(logits, targets, float(softcap), float(z_loss), int(ignore_index), kernels)[0]
 
 
 def cross_entropy_(
@@ -56,9 +64,11 @@ def cross_entropy_(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     scale: float = 1.0,
+    kernels: Kernels = "cuda",
 ) -> Tensor:
     """The same for training loops that do without autograd: the logits (N, V) become scale * their gradient, in the one
     pass that computes the loss."""
+    check_kernels(kernels)
     _check_options(softcap, z_loss)
     if logits.ndim != 2 or tuple(targets.shape) != tuple(logits.shape[:1]):
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: expected (N, V) and (N,)")
@@ -70,7 +80,7 @@ def cross_entropy_(
     count = _count(targets, ignore_index)
     losses = torch.empty(logits.shape[0], device=logits.device)
     scales = _scales(count, z_loss, len(losses)) * (scale / count.clamp(min=1))
-    _run_one_pass(logits, targets, logits, losses, None, scales, softcap, z_loss, ignore_index)
+    _run_one_pass(logits, targets, logits, losses, None, scales, softcap, z_loss, ignore_index, kernels)
     return losses.sum() / count
 
 
@@ -84,6 +94,7 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     ignore_index: int = -100,
     chunk_rows: int | None = None,
+    kernels: Kernels = "cuda",
 ) -> Tensor:
     """The mean cross-entropy of logits x @ weight.T + bias, 0-dim float32, without the logits.
 
@@ -92,6 +103,7 @@ def linear_cross_entropy(
     (None: `rows_of_chunk`); they become their gradient where they lie, and from that come the gradients of x and,
     summed in float32, of weight and bias. So gradients are there when the forward pass ends, where any is wanted.
     """
+    check_kernels(kernels)
     _check_options(softcap, z_loss)
     if x.ndim < 2 or weight.ndim != 2 or x.shape[-1] != weight.shape[1] or tuple(targets.shape) != tuple(x.shape[:-1]):
         raise ValueError(
@@ -114,7 +126,7 @@ def linear_cross_entropy(
     wants_x = on and x.requires_grad
     wants_weight = on and (weight.requires_grad or (bias is not None and bias.requires_grad))
     return _linear_cross_entropy(
-        x, weight, targets, bias, float(softcap), float(z_loss), int(ignore_index), rows, wants_x, wants_weight
+        x, weight, targets, bias, float(softcap), float(z_loss), int(ignore_index), rows, wants_x, wants_weight, kernels
     )[0]
 
 
@@ -124,16 +136,17 @@ def rows_of_chunk(rows: int) -> int:
     return min(max(rows // 8 // 128 * 128, 256), 4096)
 
 
-def embedding(tokens: Tensor, table: Tensor) -> Tensor:
+def embedding(tokens: Tensor, table: Tensor, *, kernels: Kernels = "cuda") -> Tensor:
     """table[tokens]: (.., C) in the table's type, for tokens (..) int64 or int32 and a table (V, C).
 
     The table's gradient sums in float32, each row in the order of the tokens: the same to the last bit every time.
     """
+    check_kernels(kernels)
     if table.ndim != 2:
         raise ValueError(f"table has shape {tuple(table.shape)}: expected (V, C)")
     _check_types(table=table)
     _check_integers("token", tokens)
-    return _embedding(tokens.reshape(-1).long(), table).reshape(*tokens.shape, table.shape[1])
+    return _embedding(tokens.reshape(-1).long(), table, kernels).reshape(*tokens.shape, table.shape[1])
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -205,10 +218,12 @@ def _scales(count: Tensor, z_loss: float, rows: int) -> Tensor:
     return torch.stack([torch.ones_like(count), count.clamp(min=1) * (z_loss / max(rows, 1))])
 
 
-def _run_one_pass(logits, targets, gradient, losses, statistics, scales, softcap, z_loss, ignore_index) -> None:
+def _run_one_pass(
+    logits, targets, gradient, losses, statistics, scales, softcap, z_loss, ignore_index, kernels
+) -> None:
     if logits.shape[0] == 0:
         return
-    here = place(logits.device)
+    here = place(logits.device, kernels=kernels)
     here.run(
         "cross_entropy",
         logits=logits,
@@ -226,19 +241,20 @@ def _run_one_pass(logits, targets, gradient, losses, statistics, scales, softcap
 
 @torch.library.custom_op("groundup::cross_entropy", mutates_args=(), device_types=("cpu", "cuda"))
 def _cross_entropy(
-    logits: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore_index: int
+    logits: Tensor, targets: Tensor, softcap: float, z_loss: float, ignore_index: int, kernels: str = "cuda"
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The mean loss; (largest logit, sum of exp(logit - largest)) of each row; how many targets count."""
     _check_range("target", targets, logits.shape[1], ignore_index)
     losses = torch.empty(logits.shape[0], device=logits.device)
     statistics = torch.empty(logits.shape[0], 2, device=logits.device)
-    _run_one_pass(_rows(logits.detach()), targets, None, losses, statistics, None, softcap, z_loss, ignore_index)
+    options = softcap, z_loss, ignore_index, kernels
+    _run_one_pass(_rows(logits.detach()), targets, None, losses, statistics, None, *options)
     count = _count(targets, ignore_index)
     return losses.sum() / count, statistics, count
 
 
 @_cross_entropy.register_fake
-def _(logits, targets, softcap, z_loss, ignore_index):
+def _(logits, targets, softcap, z_loss, ignore_index, kernels="cuda"):
     floats = torch.float32
     return (
         logits.new_empty((), dtype=floats),
@@ -257,12 +273,13 @@ def _cross_entropy_gradient(
     softcap: float,
     z_loss: float,
     ignore_index: int,
+    kernels: str = "cuda",
 ) -> Tensor:
     """The gradient of the logits, from that of the mean."""
     gradient = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     if logits.shape[0] == 0:
         return gradient
-    here = place(logits.device)
+    here = place(logits.device, kernels=kernels)
     here.run(
         "cross_entropy_gradient",
         logits=_rows(logits.detach()),
@@ -278,20 +295,19 @@ def _cross_entropy_gradient(
 
 
 @_cross_entropy_gradient.register_fake
-def _(grad, logits, targets, statistics, count, softcap, z_loss, ignore_index):
+def _(grad, logits, targets, statistics, count, softcap, z_loss, ignore_index, kernels="cuda"):
     return torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
 
 
 def _save_cross_entropy(ctx, inputs, output) -> None:
-    logits, targets, ctx.softcap, ctx.z_loss, ctx.ignore_index = inputs
+    logits, targets, *ctx.options = inputs
     _, statistics, count = output
     ctx.mark_non_differentiable(statistics, count)
     ctx.save_for_backward(logits, targets, statistics, count)
 
 
 def _backward_cross_entropy(ctx, grad, _grad_statistics, _grad_count):
-    options = ctx.softcap, ctx.z_loss, ctx.ignore_index
-    return _cross_entropy_gradient(grad, *ctx.saved_tensors, *options), None, None, None, None
+    return _cross_entropy_gradient(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None, None
 
 
 _cross_entropy.register_autograd(_backward_cross_entropy, setup_context=_save_cross_entropy)
@@ -300,14 +316,19 @@ _cross_entropy.register_autograd(_backward_cross_entropy, setup_context=_save_cr
 # ---- the head and the cross-entropy, chunk by chunk ------------------------------------------------------------------
 
 
-def _multiply_into(d: Tensor, a: Tensor, b: Tensor, bias: Tensor | None = None, add: bool = False) -> None:
+def _multiply_into(
+    d: Tensor, a: Tensor, b: Tensor, kernels: str, bias: Tensor | None = None, add: bool = False
+) -> None:
     """d = a @ b + bias, or d += a @ b, by the step that ops.matmul would take. One thread reads and writes an element
     of d, so it may be added to where it lies."""
-    here = place(a.device)
+    here = place(a.device, kernels=kernels)
+    c, beta = (d, 1.0) if add else (None, 0.0)
+    if kernels == "triton":  # it chooses by itself
+        here.multiply(None, a, b, d, c=c, bias=bias, beta=beta)
+        return
     tma = a.dtype != torch.float32 and dispatch.describable(a) and dispatch.describable(b)
     layout = {"tma": tma, "row_column": dispatch.row_column(a, b), "multiprocessors": here.multiprocessors}
     step, tiling = dispatch.choose(here.kind, a.dtype, 1, a.shape[0], b.shape[1], a.shape[1], **layout)
-    c, beta = (d, 1.0) if add else (None, 0.0)
     here.multiply(step, a, b, d, c=c, bias=bias, beta=beta, tiling=tiling)
 
 
@@ -323,6 +344,7 @@ def _linear_cross_entropy(
     chunk_rows: int,
     wants_x: bool,
     wants_weight: bool,
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The mean loss; how many targets count; and the gradients of loss * count: of x in its type, of weight and bias in
     float32. Those that are not wanted are empty."""
@@ -335,26 +357,26 @@ def _linear_cross_entropy(
     d_weight = (torch.empty if rows else torch.zeros)((words, channels) if wants_weight else (0,), **like)
     d_bias = torch.zeros((words,) if wants_weight and bias_there else (0,), **like)
     count, losses = _count(targets, ignore_index), torch.empty(rows, **like)
-    scales = _scales(count, z_loss, rows)
+    scales, options = _scales(count, z_loss, rows), (softcap, z_loss, ignore_index, kernels)
     # Rows start at multiples of 16 bytes, which TMA asks for.
     buffer = torch.empty(min(chunk_rows, rows), (words + 7) // 8 * 8, dtype=x.dtype, **like)[:, :words]
     for first in range(0, rows, chunk_rows):
         part = slice(first, min(first + chunk_rows, rows))
         logits = buffer[: part.stop - first]
-        _multiply_into(logits, x[part], weight.mT, bias)
+        _multiply_into(logits, x[part], weight.mT, kernels, bias)
         gradient = logits if wants_x or wants_weight else None
-        _run_one_pass(logits, targets[part], gradient, losses[part], None, scales, softcap, z_loss, ignore_index)
+        _run_one_pass(logits, targets[part], gradient, losses[part], None, scales, *options)
         if wants_x:
-            _multiply_into(d_x[part], gradient, weight)
+            _multiply_into(d_x[part], gradient, weight, kernels)
         if wants_weight:
-            _multiply_into(d_weight, gradient.mT, x[part], add=first > 0)
+            _multiply_into(d_weight, gradient.mT, x[part], kernels, add=first > 0)
             if bias_there:
                 d_bias += gradient.sum(0, dtype=torch.float32)
     return losses.sum() / count, count, d_x, d_weight, d_bias
 
 
 @_linear_cross_entropy.register_fake
-def _(x, weight, targets, bias, softcap, z_loss, ignore_index, chunk_rows, wants_x, wants_weight):
+def _(x, weight, targets, bias, softcap, z_loss, ignore_index, chunk_rows, wants_x, wants_weight, kernels="cuda"):
     floats = {"dtype": torch.float32}
     return (
         x.new_empty((), **floats),
@@ -366,7 +388,7 @@ def _(x, weight, targets, bias, softcap, z_loss, ignore_index, chunk_rows, wants
 
 
 def _save_linear_cross_entropy(ctx, inputs, output) -> None:
-    _, weight, _, bias, *_, ctx.wants_x, ctx.wants_weight = inputs
+    _, weight, _, bias, *_, ctx.wants_x, ctx.wants_weight, _ = inputs
     ctx.weight_dtype, ctx.bias_dtype = weight.dtype, None if bias is None else bias.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(*output[1:])
@@ -380,7 +402,7 @@ def _backward_linear_cross_entropy(ctx, grad, *_):
     grad_x = d_x * factor if ctx.wants_x else None
     grad_weight = (d_weight * factor).to(ctx.weight_dtype) if ctx.wants_weight else None
     grad_bias = (d_bias * factor).to(ctx.bias_dtype) if ctx.wants_weight and ctx.bias_dtype else None
-    return grad_x, grad_weight, None, grad_bias, None, None, None, None, None, None
+    return grad_x, grad_weight, None, grad_bias, None, None, None, None, None, None, None
 
 
 _linear_cross_entropy.register_autograd(_backward_linear_cross_entropy, setup_context=_save_linear_cross_entropy)
@@ -390,28 +412,28 @@ _linear_cross_entropy.register_autograd(_backward_linear_cross_entropy, setup_co
 
 
 @torch.library.custom_op("groundup::embedding", mutates_args=(), device_types=("cpu", "cuda"))
-def _embedding(tokens: Tensor, table: Tensor) -> Tensor:
+def _embedding(tokens: Tensor, table: Tensor, kernels: str = "cuda") -> Tensor:
     _check_range("token", tokens, table.shape[0], None)
     rows = torch.empty(tokens.shape[0], table.shape[1], dtype=table.dtype, device=table.device)
     if tokens.shape[0]:
-        here = place(table.device)
+        here = place(table.device, kernels=kernels)
         table = table.detach().contiguous()
         here.run("embedding", table=table, tokens=tokens.contiguous(), rows=rows)
     return rows
 
 
 @_embedding.register_fake
-def _(tokens, table):
+def _(tokens, table, kernels="cuda"):
     return table.new_empty(tokens.shape[0], table.shape[1])
 
 
 @torch.library.custom_op("groundup::embedding_backward", mutates_args=(), device_types=("cpu", "cuda"))
-def _embedding_backward(grad: Tensor, tokens: Tensor, entries: int) -> Tensor:
+def _embedding_backward(grad: Tensor, tokens: Tensor, entries: int, kernels: str = "cuda") -> Tensor:
     count, columns = grad.shape
     gradient = torch.zeros(entries, columns, dtype=grad.dtype, device=grad.device)
     if count == 0:
         return gradient
-    here = place(grad.device)
+    here = place(grad.device, kernels=kernels)
     ordered, places = tokens.to(torch.int32).sort(stable=True)  # 32 bits: half as many passes of a radix sort
     partial = torch.empty(-(-count // PIECE), 2, columns, device=grad.device)
     here.run(
@@ -426,18 +448,18 @@ def _embedding_backward(grad: Tensor, tokens: Tensor, entries: int) -> Tensor:
 
 
 @_embedding_backward.register_fake
-def _(grad, tokens, entries):
+def _(grad, tokens, entries, kernels="cuda"):
     return grad.new_empty(entries, grad.shape[1])
 
 
 def _save_embedding(ctx, inputs, output) -> None:
-    tokens, table = inputs
+    tokens, table, ctx.kernels = inputs
     ctx.entries = table.shape[0]
     ctx.save_for_backward(tokens)
 
 
 def _backward_embedding(ctx, grad):
-    return None, _embedding_backward(grad, *ctx.saved_tensors, ctx.entries)
+    return None, _embedding_backward(grad, *ctx.saved_tensors, ctx.entries, ctx.kernels), None
 
 
 _embedding.register_autograd(_backward_embedding, setup_context=_save_embedding)

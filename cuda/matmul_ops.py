@@ -2,11 +2,13 @@
 
     d = ops.matmul(a, b, bias=bias, activation="gelu")       # activation(alpha * a @ b + bias) + beta * c
     ops.matmul(a, b, step="naive_01")                        # by one step of the ladder; None: dispatch.choose
+    ops.matmul(a, b, kernels="triton", step="pointer_01")    # the same in Triton; None: triton_dispatch.choose_step
 
-CPU tensors and arrays run on the CPU model (cuda/_simt), CUDA tensors on the GPU, on the current stream; sums are
-float32. Refused with a ValueError before anything runs: types other than float32, bfloat16 and float16, shapes that do
-not fit, operands that are neither row-major nor the transpose of that, an unknown step; with a RuntimeError: a step
-that this GPU cannot run, a module that is not built. Letters: A is m x k, B is k x n; a batch may stand before.
+CPU tensors and arrays run on the CPU model (cuda/_simt) or in Triton's interpreter, CUDA tensors on the GPU, on the
+current stream; sums are float32. Refused with a ValueError before anything runs: types other than float32, bfloat16 and
+float16, shapes that do not fit, operands that are neither row-major nor the transpose of that, an unknown step or
+kernels; with a RuntimeError: a step that this GPU cannot run, a module that is not built, Triton that is not installed.
+Letters: A is m x k, B is k x n; a batch may stand before.
 """
 
 import warnings
@@ -17,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cuda import dispatch
-from cuda.device import DTYPES, place
+from cuda import dispatch, triton_dispatch
+from cuda.device import DTYPES, Kernels, check_kernels, place
 
 Activation = Literal["none", "gelu", "swiglu"]
 ACTIVATIONS = ("none", "gelu", "swiglu")
@@ -36,6 +38,7 @@ def matmul(
     activation: Activation = "none",
     out_dtype: torch.dtype | np.dtype | type | None = None,
     step: str | int | None = None,
+    kernels: Kernels = "cuda",
 ) -> Tensor | np.ndarray:
     """activation(alpha * a @ b + bias) + beta * c.
 
@@ -45,8 +48,9 @@ def matmul(
     columns in pairs of gate and up, silu(gate) * up, and its result has n / 2 columns. out_dtype: that of a or float32.
 
     numpy has no bfloat16: its bits as uint16. The result of arrays is an array.
-    step: a name of dispatch.STEPS, or its number from 1 on.
+    step: a name of dispatch.STEPS, or its number from 1 on; with kernels "triton" of triton_dispatch.STEPS.
     """
+    check_kernels(kernels)
     arrays = {"a": a, "b": b, "c": c, "bias": bias}
     given = {name: x for name, x in arrays.items() if x is not None}
     for name, x in given.items():
@@ -68,7 +72,7 @@ def matmul(
         c = None
     elif c is None:
         raise ValueError(f"beta {beta} without c: expected c, or beta 0")
-    d = _matmul(a, b, c, bias, float(alpha), float(beta), activation, out_dtype, _step_name(step))
+    d = _matmul(a, b, c, bias, float(alpha), float(beta), activation, out_dtype, _step_name(step, kernels), kernels)
     return _array_of(d) if numpy else d
 
 
@@ -97,15 +101,16 @@ def _array_of(x: Tensor) -> np.ndarray:
 # ---- checks, of what a result's shape depends on; layouts and addresses are checked by the extension -----------------
 
 
-def _step_name(step: str | int | None) -> str | None:
-    if isinstance(step, int) and 1 <= step <= len(dispatch.STEPS):
-        return dispatch.STEPS[step - 1]
-    if step is None or step in dispatch.STEPS:
+def _step_name(step: str | int | None, kernels: str) -> str | None:
+    steps = triton_dispatch.STEPS if kernels == "triton" else dispatch.STEPS
+    if isinstance(step, int) and 1 <= step <= len(steps):
+        return steps[step - 1]
+    if step is None or step in steps:
         return step
-    raise ValueError(f"step {step!r}: expected None, 1 to {len(dispatch.STEPS)}, or one of {', '.join(dispatch.STEPS)}")
+    raise ValueError(f"step {step!r}: expected None, 1 to {len(steps)}, or one of {', '.join(steps)}")
 
 
-def _check_types(given: dict[str, Tensor], out_dtype: torch.dtype, step: str | None) -> None:
+def _check_types(given: dict[str, Tensor], out_dtype: torch.dtype, step: str | None, kernels: str) -> None:
     a = given["a"]
     for name, x in given.items():
         if x.device != a.device:
@@ -119,7 +124,7 @@ def _check_types(given: dict[str, Tensor], out_dtype: torch.dtype, step: str | N
             raise ValueError(f"{name} is {x.dtype}: expected {expected}; call .to()")
     if out_dtype not in (a.dtype, torch.float32):
         raise ValueError(f"out_dtype {out_dtype}: expected {a.dtype} or torch.float32")
-    if step is not None and a.dtype not in dispatch.dtypes_of(step):
+    if kernels == "cuda" and step is not None and a.dtype not in dispatch.dtypes_of(step):
         able = [name for name in dispatch.STEPS if a.dtype in dispatch.dtypes_of(name)]
         raise ValueError(f"step {step} and {a.dtype}: expected {dispatch.dtypes_of(step)}, or one of {', '.join(able)}")
 
@@ -151,11 +156,11 @@ def _result_shape(a: Tensor, b: Tensor, c: Tensor | None, bias: Tensor | None, a
     return shape
 
 
-def _checked(a, b, c, bias, activation, out_dtype, step) -> tuple[tuple[int, ...], torch.dtype]:
+def _checked(a, b, c, bias, activation, out_dtype, step, kernels) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and type of the result."""
     given = {name: x for name, x in (("a", a), ("b", b), ("c", c), ("bias", bias)) if x is not None}
     out_dtype = out_dtype or a.dtype
-    _check_types(given, out_dtype, step)
+    _check_types(given, out_dtype, step, kernels)
     return _result_shape(a, b, c, bias, activation), out_dtype
 
 
@@ -173,14 +178,15 @@ def _matmul(
     activation: str,
     out_dtype: torch.dtype | None,
     step: str | None,
+    kernels: str = "cuda",
 ) -> Tensor:
-    shape, out_dtype = _checked(a, b, c, bias, activation, out_dtype, step)
+    shape, out_dtype = _checked(a, b, c, bias, activation, out_dtype, step, kernels)
     a, b, c, bias = (x if x is None else x.detach() for x in (a, b, c, bias))
     if a.shape[-1] == 0 or 0 in shape:
         return _empty_product(a, b, c, bias, alpha, beta, activation, shape).to(out_dtype)
-    here = place(a.device, step, dispatch.WITHOUT_HOPPER)
+    here = place(a.device, step, dispatch.WITHOUT_HOPPER, kernels)
     tiling = None
-    if step is None:
+    if kernels == "cuda" and step is None:
         batch, (m, n) = (shape[0] if len(shape) == 3 else 1), (a.shape[-2], b.shape[-1])
         tma = a.dtype != torch.float32 and dispatch.describable(a) and dispatch.describable(b)
         layout = {"tma": tma, "row_column": dispatch.row_column(a, b)}
@@ -193,8 +199,8 @@ def _matmul(
 
 
 @_matmul.register_fake
-def _(a, b, c, bias, alpha, beta, activation, out_dtype, step):
-    shape, out_dtype = _checked(a, b, c, bias, activation, out_dtype, step)
+def _(a, b, c, bias, alpha, beta, activation, out_dtype, step, kernels="cuda"):
+    shape, out_dtype = _checked(a, b, c, bias, activation, out_dtype, step, kernels)
     return a.new_empty(shape, dtype=out_dtype)
 
 
@@ -217,7 +223,7 @@ def _empty_product(a, b, c, bias, alpha, beta, activation, shape) -> Tensor:
 
 
 def _save(ctx, inputs, output) -> None:
-    a, b, c, bias, ctx.alpha, ctx.beta, ctx.activation, _, _ = inputs
+    a, b, c, bias, ctx.alpha, ctx.beta, ctx.activation, _, _, ctx.kernels = inputs
     ctx.c_shape, ctx.c_dtype = (None, None) if c is None else (c.shape, c.dtype)
     ctx.bias_dtype = None if bias is None else bias.dtype
     ctx.save_for_backward(a, b, bias if ctx.activation != "none" else None)
@@ -235,18 +241,18 @@ def _gradients(ctx, grad: Tensor):
         grad_bias = grad.flatten(0, -2).sum(0, dtype=torch.float32).to(ctx.bias_dtype)
     grad = grad.to(a.dtype).contiguous()
     if wants_a:
-        grad_a = _product(grad, b.mT, ctx.alpha, a)
+        grad_a = _product(grad, b.mT, ctx.alpha, a, ctx.kernels)
     if wants_b:
         if b.ndim == 2 and a.ndim == 3:  # the sum over the batch is a sum over rows
             a, grad = a.reshape(-1, a.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        grad_b = _product(a.mT, grad, ctx.alpha, b)
-    return grad_a, grad_b, grad_c, grad_bias, None, None, None, None, None
+        grad_b = _product(a.mT, grad, ctx.alpha, b, ctx.kernels)
+    return grad_a, grad_b, grad_c, grad_bias, None, None, None, None, None, None
 
 
-def _product(x: Tensor, y: Tensor, alpha: float, like: Tensor) -> Tensor:
+def _product(x: Tensor, y: Tensor, alpha: float, like: Tensor, kernels: str) -> Tensor:
     """x @ y in the shape and type of `like`: summed over the batch where that has no batch, or one for all."""
     shared = max(x.ndim, y.ndim) == 3 and (like.ndim == 2 or like.shape[0] == 1)
-    product = _matmul(x, y, None, None, alpha, 0.0, "none", torch.float32 if shared else None, None)
+    product = _matmul(x, y, None, None, alpha, 0.0, "none", torch.float32 if shared else None, None, kernels)
     return product.sum_to_size(like.shape).to(like.dtype) if shared else product
 
 
@@ -254,7 +260,7 @@ def _before_activation(ctx, grad: Tensor, a: Tensor, b: Tensor, bias: Tensor | N
     """The gradient of what the activation was applied to, which is computed again."""
     if ctx.activation == "none":
         return grad
-    x = _matmul(a, b, None, bias, ctx.alpha, 0.0, "none", torch.float32, None)
+    x = _matmul(a, b, None, bias, ctx.alpha, 0.0, "none", torch.float32, None, ctx.kernels)
     grad = grad.float()
     if ctx.activation == "gelu":
         density = torch.exp(-0.5 * x * x) / (2 * torch.pi) ** 0.5

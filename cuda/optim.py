@@ -8,7 +8,8 @@
     optimizer.step(factor=factor)
 
 A kernel finds its tensors in a table of addresses and sizes on the device, which is made again only when one of them
-has moved. CPU tensors run on the CPU model (cuda/_simt), CUDA tensors on the GPU, on the current stream.
+has moved. `kernels` says whose they are: CPU tensors run on the CPU model (cuda/_simt) for "cuda" and in Triton's
+interpreter for "triton", CUDA tensors on the GPU, on the current stream.
 Refused with a ValueError: types other than float32, bfloat16 and float16, sparse gradients, parameters with gaps.
 """
 
@@ -20,28 +21,31 @@ from operator import is_
 import torch
 from torch import Tensor
 
-from cuda.device import DTYPES, place
+from cuda.device import DTYPES, Kernels, check_kernels, place
 
 CHUNK = 8192  # elements of a block: chunk_elements in fused/multi_tensor.cuh
 TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # Type there
 
 
-def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(parameters: Tensor | Iterable[Tensor], max_norm: float, *, kernels: Kernels = "cuda") -> Tensor:
     """torch.nn.utils.clip_grad_norm_ for the 2-norm: gradients times min(1, max_norm / (norm + 1e-6)), and the norm,
     0-dim float32. A norm that is infinite or NaN makes gradients 0 or NaN, as there. The order of the sum does not
     depend on the schedule."""
-    norm, factor, tables = _norm(parameters, max_norm)
+    norm, factor, tables = _norm(parameters, max_norm, kernels)
     if tables:
         tables.run("grad_scale", factor=factor)
     return norm
 
 
-def grad_norm(parameters: Tensor | Iterable[Tensor], max_norm: float) -> tuple[Tensor, Tensor]:
+def grad_norm(
+    parameters: Tensor | Iterable[Tensor], max_norm: float, *, kernels: Kernels = "cuda"
+) -> tuple[Tensor, Tensor]:
     """The norm of all gradients and the factor that clips it, both 0-dim float32; the gradients stay as they are."""
-    return _norm(parameters, max_norm)[:2]
+    return _norm(parameters, max_norm, kernels)[:2]
 
 
-def _norm(parameters, max_norm):
+def _norm(parameters, max_norm, kernels):
+    check_kernels(kernels)
     if not max_norm >= 0:
         raise ValueError(f"max_norm {max_norm}: expected 0 or a positive number")
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
@@ -52,9 +56,8 @@ def _norm(parameters, max_norm):
     norm, factor = torch.zeros((), device=device), torch.ones((), device=device)
     if not gradients:
         return norm, factor, None
-    tables = _Tables(
-        [gradients], _gradient_tables(device, tuple((g.data_ptr(), g.numel(), g.dtype) for g in gradients))
-    )
+    places = tuple((g.data_ptr(), g.numel(), g.dtype) for g in gradients)
+    tables = _Tables([gradients], _gradient_tables(device, places), kernels)
     sums = torch.empty(len(tables.chunks), device=device)
     tables.run("grad_norm", sums=sums, norm=norm, factor=factor, max_norm=float(max_norm))
     return norm, factor, tables
@@ -103,21 +106,21 @@ def _moved(x: Tensor, device: torch.device) -> Tensor:
 class _Tables:
     """What a launch over many tensors is given."""
 
-    def __init__(self, tensors: list[list[Tensor]], tables: tuple[Tensor, Tensor]):
-        (self.table, self.chunks), self.device = tables, tensors[0][0].device
+    def __init__(self, tensors: list[list[Tensor]], tables: tuple[Tensor, Tensor], kernels: str):
+        (self.table, self.chunks), self.device, self.kernels = tables, tensors[0][0].device, kernels
         # The CPU model is told which memory its kernels may touch. On a GPU there is no need.
         self.memory = list(chain(*tensors)) if self.device.type == "cpu" else None
 
     def run(self, operation: str, **arguments) -> None:
-        here = place(self.device)
+        here = place(self.device, kernels=self.kernels)
         here.run(operation, tensors=self.table, chunks=self.chunks, memory=self.memory, **arguments)
 
 
 class _Batch:
     """Parameters on one device that have made as many steps: one launch."""
 
-    def __init__(self, parameters: list[Tensor], states: list[dict], count: int):
-        self.parameters, self.count = parameters, count
+    def __init__(self, parameters: list[Tensor], states: list[dict], count: int, kernels: str):
+        self.parameters, self.count, self.kernels = parameters, count, kernels
         self.steps = torch.full((len(states),), float(count))  # whose elements are the states' `step`
         for state, step in zip(states, self.steps.split(1), strict=True):
             state["step"] = step.view(())
@@ -159,7 +162,7 @@ class _Batch:
         ]  # fmt: skip
         masters = [x for x in self.masters if x is not None]
         tensors = [[p.detach() for p in self.parameters], gradients, self.first, self.second, masters]
-        return _Tables(tensors, (_moved(torch.tensor(rows), self.chunks.device), self.chunks))
+        return _Tables(tensors, (_moved(torch.tensor(rows), self.chunks.device), self.chunks), self.kernels)
 
 
 class AdamW(torch.optim.Optimizer):
@@ -178,17 +181,24 @@ class AdamW(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        *,
+        kernels: Kernels = "cuda",
     ):
+        check_kernels(kernels)
         for name, value in (("lr", lr), ("eps", eps), ("weight_decay", weight_decay)):
             if not value >= 0:
                 raise ValueError(f"{name} {value}: expected 0 or a positive number")
         if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas {betas}: expected two numbers from 0 to below 1")
+        self._kernels = kernels
         self._plans: dict[int, tuple[list[Tensor], list[_Batch]]] = {}
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"_kernels": self._kernels}
+
     def __setstate__(self, state: dict) -> None:  # of a copy or a pickle: its tables are made again
-        super().__setstate__(state)
+        super().__setstate__({"_kernels": "cuda"} | state)
         self._plans = {}
 
     def add_param_group(self, param_group: dict) -> None:
@@ -216,7 +226,9 @@ class AdamW(torch.optim.Optimizer):
         together: dict[tuple, list[Tensor]] = {}
         for p in parameters:
             together.setdefault((p.device, int(self._state_of(p)["step"])), []).append(p)
-        batches = [_Batch(some, [self.state[p] for p in some], count) for (_, count), some in together.items()]
+        batches = [
+            _Batch(some, [self.state[p] for p in some], count, self._kernels) for (_, count), some in together.items()
+        ]
         self._plans[number] = parameters, batches
         return batches
 

@@ -24,6 +24,16 @@ FILES = {
     "adamw": "triton_adamw",
     "grad_norm": "triton_grad_norm",
     "grad_scale": "triton_grad_norm",
+    "quantize_fp8": "triton_fp8",
+    "fp8_matmul": "triton_fp8",
+    "grouped_matmul": "triton_grouped",
+    "grouped_weights": "triton_grouped",
+    "lora_bgmv": "triton_lora",
+    "lora_sgmv": "triton_lora",
+    "lora_sgmv_backward": "triton_lora",
+    "dequantise": "triton_quantised",
+    "quantised_multiply": "triton_quantised_matmul",
+    "quantised_multiply_transposed": "triton_quantised_matmul",
 }
 
 

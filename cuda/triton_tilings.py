@@ -6,8 +6,11 @@ dropped by counting shared memory and registers, what was measured on a GPU stan
 the best guess. Refused: a list of which nothing is left.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
+
+import torch
 
 from cuda.triton_table import MEASURED
 
@@ -39,9 +42,43 @@ def prune(
     return left
 
 
+# Not context variables: autograd's thread has to see them, which runs backward passes.
+_asked: list[dict[tuple, Sequence[Tiling]]] = []
+_forced: dict[tuple, Tiling] = {}
+
+
+@contextmanager
+def asked() -> Iterator[dict[tuple, Sequence[Tiling]]]:
+    """Inside, what operations ask for is noted: {(operation, kind, *key): candidates}."""
+    _asked.append({})
+    try:
+        yield _asked[-1]
+    finally:
+        _asked.pop()
+
+
+@contextmanager
+def forced(question: tuple, tiling: Tiling) -> Iterator[None]:
+    """Inside, whoever asks this takes that tiling: for measuring. `question` is a key of `asked`."""
+    before = _forced.copy()
+    _forced[question] = tiling
+    try:
+        yield
+    finally:
+        _forced.clear()
+        _forced.update(before)
+
+
 def choose(operation: str, kind: str, key: tuple, candidates: Sequence[Tiling]) -> Tiling:
-    """The one measured for (operation, kind, *key) if it is a candidate, else the first."""
-    measured = MEASURED.get((operation, kind, *key))
+    """The one that is forced; the one measured for (operation, kind, *key) if it is a candidate; else the first. A type
+    in the key stands in the table by its name."""
+    names = (str(x).removeprefix("torch.") if isinstance(x, torch.dtype) else x for x in key)
+    question = (operation, kind, *names)
+    for notes in _asked:
+        notes[question] = candidates
+    if question in _forced:
+        return _forced[question]
+    measured = MEASURED.get(question)
     if measured is not None and Tiling(*measured) in candidates:
         return Tiling(*measured)
     return candidates[0]

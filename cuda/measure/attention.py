@@ -1,4 +1,4 @@
-"""What is computed in the attention benchmark, and by whom: problems, our steps, torch's backends, FA3's own.
+"""What is computed in the attention benchmark, and by whom: problems, our steps, ours in Triton, torch's, FA3's own.
 
 The convention is FlashAttention's: batch x tokens = 16384, heads x head width = 2048; 4 B H T S K FLOP forward, half of
 it where causal, 2.5 times as many backward. Refused: peers that are not there or do not take the problem are left out.
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cuda import attention_ops
+from cuda.device import Kernels
 
 TOKENS, WIDTH = 16384, 2048
 PEERS = {"torch flash": SDPBackend.FLASH_ATTENTION, "cuDNN": SDPBackend.CUDNN_ATTENTION}
@@ -47,10 +48,9 @@ def operands(shape: Shape, device: str) -> list[Tensor]:
     return [torch.randn(size, device=device).bfloat16().transpose(1, 2) for _ in range(4)]
 
 
-def ours(shape: Shape, step: str | None, backward_step: str | None) -> Attention:
-    return lambda q, k, v: attention_ops.attention(
-        q, k, v, causal=shape.causal, step=step, backward_step=backward_step
-    )  # fmt: skip
+def ours(shape: Shape, step: str | None, backward_step: str | None, kernels: Kernels = "cuda") -> Attention:
+    chosen = {"step": step, "backward_step": backward_step, "kernels": kernels}
+    return lambda q, k, v: attention_ops.attention(q, k, v, causal=shape.causal, **chosen)
 
 
 def torchs(shape: Shape, backend: SDPBackend) -> Attention:

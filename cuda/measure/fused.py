@@ -1,4 +1,4 @@
-"""The cases of the benchmark of fused operations: what each computes by us and by torch, and the bytes that must move.
+"""The cases of the benchmark of fused operations: what each computes by us, twice, and by torch, and the bytes to move.
 
 A memory-bound operation cannot be faster than a copy of as many bytes: each input read once, each output written once.
 What is small beside the tensors (gains, statistics of rows) is not counted. Sizes are those of a GPT: N tokens, C
@@ -7,6 +7,7 @@ channels, V words.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ BF16 = torch.bfloat16
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """`ours` and `torchs` take the inputs; `backward` says that their gradients are what is timed."""
+    """`ours` and `torchs` take the inputs; `backward` says that their gradients are what is timed. Ours takes `kernels`
+    too, where `triton` is not another function."""
 
     name: str
     inputs: tuple[Tensor, ...]
@@ -29,6 +31,10 @@ class Case:
     torchs: Callable[..., Any]
     bytes: int
     backward: bool = False
+    triton: Callable[..., Any] | None = None
+
+    def in_triton(self) -> Callable[..., Any]:
+        return self.triton or partial(self.ours, kernels="triton")
 
     def run(self, function: Callable[..., Any]) -> Callable[[], Any]:
         """The call that is timed."""
@@ -63,7 +69,7 @@ def cases(device: str, tokens: int, width: int, words: int) -> Iterator[Case]:
         yield Case(name, inputs, ours, torchs, 3 * row, True)
     residual = normal(N, C)
     yield Case(
-        "rms_norm of a sum", (x, residual, gain), lambda x, r, g: fused_ops.rms_norm(x, g, residual=r)[0],
+        "rms_norm of a sum", (x, residual, gain), lambda x, r, g, **k: fused_ops.rms_norm(x, g, residual=r, **k)[0],
         lambda x, r, g: F.rms_norm(x + r, (C,), g.to(x.dtype), 1e-6), 4 * row,
     )  # fmt: skip
     for name, ours, torchs in (
@@ -81,7 +87,12 @@ def cases(device: str, tokens: int, width: int, words: int) -> Iterator[Case]:
     cos, sin = (torch.cat([t, t], -1).to(BF16) for t in (angle.cos(), angle.sin()))
     for backward in (False, True):
         yield Case(
-            "rotary", (q,), lambda q: fused_ops.rotary(q, cos, sin), lambda q: rotate(q, cos, sin), 2 * row, backward
+            "rotary",
+            (q,),
+            lambda q, **k: fused_ops.rotary(q, cos, sin, **k),
+            lambda q: rotate(q, cos, sin),
+            2 * row,
+            backward,
         )
     del q, residual
     yield from _of_words(device, min(N, 8192), V, normal)
@@ -98,10 +109,13 @@ def _of_words(device: str, N: int, V: int, normal: Callable[..., Tensor]) -> Ite
         leaf = logits.detach().requires_grad_()
         return torch.autograd.grad(torchs(leaf), leaf)[0]
 
-    yield Case("cross_entropy", (logits,), lambda x: loss_ops.cross_entropy(x, targets), torchs, N * V * 2)
-    yield Case("cross_entropy", (logits,), lambda x: loss_ops.cross_entropy(x, targets), torchs, 2 * N * V * 2, True)
+    def ours(x: Tensor, **k: Any) -> Tensor:
+        return loss_ops.cross_entropy(x, targets, **k)
+
+    yield Case("cross_entropy", (logits,), ours, torchs, N * V * 2)
+    yield Case("cross_entropy", (logits,), ours, torchs, 2 * N * V * 2, True)
     yield Case("cross_entropy and gradient, in place", (logits.clone(),),
-               lambda x: loss_ops.cross_entropy_(x, targets),
+               lambda x, **k: loss_ops.cross_entropy_(x, targets, **k),
                torchs_in_place, 2 * N * V * 2)  # fmt: skip
     del logits
     table, tokens = normal(V, 256, dtype=torch.float32), torch.randint(V, (4 * N,), device=device)
@@ -111,7 +125,7 @@ def _of_words(device: str, N: int, V: int, normal: Callable[..., Tensor]) -> Ite
 
 
 def _of_parameters(device: str, count: int) -> Iterator[Case]:
-    """24 matrices with float32 gradients: read p, g, m, v, write p, m, v."""
+    """24 matrices with float32 gradients: read p, g, m, v, write p, m, v. Each side has its own."""
 
     def parameters() -> list[Tensor]:
         generator = torch.Generator(device).manual_seed(0)  # both sides alike
@@ -120,11 +134,12 @@ def _of_parameters(device: str, count: int) -> Iterator[Case]:
             p.grad = torch.randn(p.shape, device=device, generator=generator)
         return made
 
-    mine, theirs = parameters(), parameters()
-    ours, torchs = optim.AdamW(mine, lr=1e-3), torch.optim.AdamW(theirs, lr=1e-3, fused=True)
+    mine, theirs, third = parameters(), parameters(), parameters()
+    ours, triton = optim.AdamW(mine, lr=1e-3), optim.AdamW(third, lr=1e-3, kernels="triton")
+    torchs = torch.optim.AdamW(theirs, lr=1e-3, fused=True)
     size = 4 * (count // 24) * 24
-    yield Case("adamw", (), ours.step, torchs.step, 7 * size)
-    yield Case("grad_norm", (), lambda: optim.grad_norm(mine, 1.0)[0],
+    yield Case("adamw", (), ours.step, torchs.step, 7 * size, triton=triton.step)
+    yield Case("grad_norm", (), lambda **k: optim.grad_norm(mine, 1.0, **k)[0],
                lambda: torch.nn.utils.get_total_norm([p.grad for p in theirs]), size)  # fmt: skip
 
 
@@ -138,8 +153,8 @@ def loss_of_a_head(device: str, tokens: int, width: int, words: int) -> dict[str
     def unfused(x: Tensor, weight: Tensor) -> Tensor:
         return F.cross_entropy((x @ weight.mT).float(), targets)
 
-    def fused(x: Tensor, weight: Tensor) -> Tensor:
-        return loss_ops.linear_cross_entropy(x, weight, targets)
+    def fused(x: Tensor, weight: Tensor, **k: Any) -> Tensor:
+        return loss_ops.linear_cross_entropy(x, weight, targets, **k)
 
     def call(loss: Callable[..., Tensor]) -> Callable[[], tuple[Tensor, ...]]:
         def run() -> tuple[Tensor, ...]:
@@ -148,4 +163,4 @@ def loss_of_a_head(device: str, tokens: int, width: int, words: int) -> dict[str
 
         return run
 
-    return {"ours": call(fused), "torch": call(unfused)}
+    return {"ours": call(fused), "triton": call(partial(fused, kernels="triton")), "torch": call(unfused)}

@@ -24,7 +24,7 @@ def draw(rows: Rows, folder: Path, *, size: str, bytes_per_s: float | None, devi
 
 
 def ladder(rows: Rows, path: Path, size: str, device: str) -> Path | None:
-    """TFLOP/s of each step at one size, a line where cuBLAS is."""
+    """TFLOP/s of each step at one size, lines where cuBLAS and ours in Triton are."""
     burst = [row for row in rows if row["size"] == size and row["regime"] == "burst"]
     ours = sorted((row for row in burst if row["step"] in dispatch.STEPS), key=lambda row: row["step"][-2:])
     if not ours:
@@ -32,7 +32,8 @@ def ladder(rows: Rows, path: Path, size: str, device: str) -> Path | None:
     peers: dict[str, float] = {}
     for row in burst:
         if row["step"] not in dispatch.STEPS:
-            label = f"cuBLAS {'bf16' if row['dtype'] == 'bfloat16' else 'fp32'}"
+            who = "Triton" if row["step"] == products.TRITON else "cuBLAS"
+            label = f"{who} {'bf16' if row['dtype'] == 'bfloat16' else 'fp32'}"
             peers[label] = max(peers.get(label, 0.0), row["tflops"])
     labels = [f"{row['step'][-2:]} {row['step'][:-3].replace('_', ' ')}" for row in ours]
     title = f"Matrix product of size {size} on {device}: 01-07 in fp32, 08-16 in bf16"
@@ -41,11 +42,11 @@ def ladder(rows: Rows, path: Path, size: str, device: str) -> Path | None:
 
 
 def ratio(rows: Rows, path: Path, device: str) -> Path | None:
-    """Speed over that of the fastest cuBLAS by size, of the last steps of the ladder."""
+    """Speed over that of the fastest cuBLAS by size, of the last steps of the ladder and of ours in Triton."""
     square = [row for row in rows if row["m"] == row["n"] == row["k"] and row["dtype"] == "bfloat16"]
     series = {}
     for regime in ("burst", "sustained"):
-        for step in dispatch.STEPS[-RATIOS:]:
+        for step in (*dispatch.STEPS[-RATIOS:], products.TRITON):
             points = sorted(
                 (row["m"], row["of_cublas"])
                 for row in square
@@ -75,9 +76,10 @@ def roofline(rows: Rows, path: Path, bytes_per_s: float | None, device: str) -> 
     places = [min(map(intensity, last)) / 4, peak / bytes_per_s, max(max(map(intensity, last)), peak / bytes_per_s) * 2]
     roof = [min(peak, place * bytes_per_s) / 1e12 for place in places]
     plain = [row for row in bf16 if row["step"] == "cuBLAS"]
+    triton = [row for row in bf16 if row["step"] == products.TRITON]
     points = {
         name: ([intensity(row) for row in some], [row["tflops"] for row in some])
-        for name, some in (("step 16", last), ("cuBLAS", plain))
+        for name, some in (("step 16", last), ("Triton", triton), ("cuBLAS", plain))
         if some
     }
     text = {"xlabel": "FLOP a byte of memory", "ylabel": "TFLOP/s", "title": f"bf16 products on {device}"}

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cuda import dispatch, modules
+from cuda import device, dispatch, modules
 
 PEAK = {torch.float32: 66.9e12, torch.bfloat16: 989.4e12}  # FLOP/s dense, NVIDIA's data sheets of the H100 SXM and H200
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 4e-3}  # of the largest element; bf16 itself rounds by 2^-9
@@ -25,6 +25,8 @@ ROTATION = 3  # sets of operands fill the L2 cache so many times
 MOST_SETS = 128
 Product = Callable[[Tensor, Tensor, Tensor], None]  # (a, b, d)
 Sets = list[tuple[Tensor, Tensor, Tensor]]
+TRITON = "triton"  # ours, in Triton
+OURS = (*dispatch.STEPS, TRITON)
 
 
 class Shape(NamedTuple):
@@ -107,6 +109,16 @@ def our_step(step: str, shape: Shape, tiling: Sequence[int] | None = None) -> Co
         module.matmul(step, a, b, d, tiling=tiling, stream=torch.cuda.current_stream().cuda_stream)
 
     return Competitor(step, dtype, product)
+
+
+def triton_product(dtype: torch.dtype) -> Competitor:
+    """Ours in Triton on the current GPU, with the step and the tiling that a call of ops.matmul takes."""
+    here = device.place(torch.device("cuda", torch.cuda.current_device()), kernels="triton")
+
+    def product(a: Tensor, b: Tensor, d: Tensor) -> None:
+        here.multiply(None, a, b, d)
+
+    return Competitor(TRITON, dtype, product)
 
 
 def torch_product(dtype: torch.dtype) -> Competitor:

@@ -277,6 +277,7 @@ def test_a_sustained_sample_lasts(quick):
 def test_a_run_measures_files_and_draws(quick, tmp_path, monkeypatch, capsys):
     """The whole way of a run on a GPU, with torch's products on the CPU."""
     monkeypatch.setattr(products, "our_step", lambda step, shape: Competitor(step, products.dtype_of(step), right))
+    monkeypatch.setattr(products, "triton_product", lambda dtype: Competitor("triton", dtype, right))
     monkeypatch.setattr(
         ladder, "best_of_lt", lambda operands, rates: Competitor("cublasLt, best of 1", operands.dtype, right)
     )
@@ -294,7 +295,7 @@ def test_a_run_measures_files_and_draws(quick, tmp_path, monkeypatch, capsys):
     found = {(one["size"], one["regime"], one["step"]) for one in result["rows"]}
     assert {step for size, regime, step in found if (size, regime) == ("64", "burst")} >= set(steps)
     peers = {"cuBLAS", "cublasLt, best of 1"}
-    assert {step for size, _, step in found if size == "64x72x40"} == {"mma_sync_08", "best_16"} | peers
+    assert {step for size, _, step in found if size == "64x72x40"} == {"mma_sync_08", "best_16", "triton"} | peers
     assert {step for _, regime, step in found if regime == "sustained"} == {"best_16"} | peers
     assert result["config"]["failed"] == result["config"]["skipped"] == [] and "of_cublas" in result["rows"][0]
     assert len(list((tmp_path / "cuda").glob("*.png"))) == 3 and "% of cuBLAS" in capsys.readouterr().out

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("cuda._simt", reason="make native builds the kernels")
 
 from cuda import train_gpt
+from cuda.device import KERNELS
 from cuda.train_gpt import PRESETS, KernelsConfig, gpt_arguments, train_with, updates
 from minigpt.config import GPTConfig
 from minigpt.model import GPT
@@ -41,34 +42,36 @@ def model(kernels: str, config: GPTConfig, device: str) -> GPT:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", CONFIGS)
-def test_every_gradient(kind, device):
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_every_gradient(kernels, kind, device):
     config = GPTConfig(**{"vocab_size": 96, "layers": 2, "width": 64, "heads": 1, "kv_heads": 1, "head_width": 64,
                           "mlp_width": 72, "context": 24} | CONFIGS[kind])  # fmt: skip
     tokens = torch.randint(96, (2, 24), generator=torch.Generator().manual_seed(0)).to(device)
     targets = tokens.roll(-1, 1)
     options = TARGETS | ({"separator": 5} if kind == "llama" else {})
     found = {}
-    for name, kernels, half in (("exact", "torch", False), ("torch", "torch", True), ("cuda", "cuda", True)):
-        gpt = model(kernels, config, device)
+    for name, by, half in (("exact", "torch", False), ("torch", "torch", True), ("ours", kernels, True)):
+        gpt = model(by, config, device)
         with torch.autocast(device, torch.bfloat16, enabled=half):
             loss = gpt(tokens, targets, **options)
         loss.backward()
         found[name] = {n: p.grad for n, p in gpt.named_parameters()} | {"loss": loss.detach()}
-    assert set(found["cuda"]) == set(found["exact"])
+    assert set(found["ours"]) == set(found["exact"])
     for name, exact in found["exact"].items():
         if name.endswith("key.bias"):  # a shift of all scores of a query changes nothing: the gradient is zero
             scale = found["exact"][name.replace("key", "value")].norm()
-            assert found["cuda"][name].norm() <= 0.02 * scale, name
+            assert found["ours"][name].norm() <= 0.02 * scale, name
             continue
-        ours, theirs = (error(found[by][name], exact) for by in ("cuda", "torch"))
+        ours, theirs = (error(found[by][name], exact) for by in ("ours", "torch"))
         assert ours <= 1.3 * theirs + 2e-3, f"{name}: {ours:.3g}, torch {theirs:.3g}"
 
 
-def test_a_step_of_all_optimizers():
+@pytest.mark.parametrize("ours", KERNELS)
+def test_a_step_of_all_optimizers(ours):
     """Three updates from the same gradients: Muon by our products, AdamW and clipping by our kernels."""
     config = replace(PRESETS["tiny"], steps=3, clip=0.5, weight_decay=0.1)
     models = [GPT(config.model_config(96), seed=0) for _ in range(2)]
-    kinds = ("torch", "cuda")
+    kinds = ("torch", ours)
     made = [make_optimizers(m, config, torch.float32, updates(k)) for m, k in zip(models, kinds, strict=True)]
     for step in range(3):
         norms = []
@@ -88,10 +91,11 @@ def test_a_run_ends_with_the_same_loss(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {i * i}\n" for i in range(300)))
     losses = []
-    for kernels in ("torch", "cuda"):
+    for kernels in ("torch", *KERNELS):
         config = replace(PRESETS["tiny"], kernels=kernels, corpus=str(text), folder=tmp_path / kernels, context=32)
         losses.append(train_with(config).bits_per_byte)
-    assert math.isclose(*losses, rel_tol=1e-3)
+    for loss in losses[1:]:
+        assert math.isclose(losses[0], loss, rel_tol=1e-3)
 
 
 def test_what_does_not_fit_is_refused():
@@ -100,8 +104,11 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match=r"head width 32 with kernels cuda: expected one of 64, 96.*--head-width"):
         replace(PRESETS["tiny"], head_width=32)
     assert replace(PRESETS["tiny"], kernels="torch", head_width=32, dtype="float32").head_width == 32
-    with pytest.raises(ValueError, match="kernels 'triton': expected torch or cuda"):
-        gpt_arguments("triton")
+    with pytest.raises(ValueError, match=r"head width 40 with kernels triton: expected one of .*64.*--head-width"):
+        replace(PRESETS["tiny"], kernels="triton", head_width=40)
+    assert replace(PRESETS["tiny"], kernels="triton", dtype="float32").dtype == "float32"
+    with pytest.raises(ValueError, match="kernels 'metal': expected one of torch, cuda, triton"):
+        gpt_arguments("metal")
     assert isinstance(PRESETS["gpu"], KernelsConfig) and set(train_gpt.PRESETS) == {"tiny", "gpu"}
 
 
@@ -111,10 +118,11 @@ def test_curves_of_200_steps_coincide(tmp_path):
     """Step by step: two runs of the same data that differ in rounding alone."""
     small = {"layers": 4, "width": 384, "heads": 3, "kv_heads": 3, "batch": 8, "context": 512, "mlp_width": 1024}
     curves = []
-    for kernels in ("torch", "cuda"):
+    for kernels in ("torch", *KERNELS):
         config = replace(PRESETS["gpu"], kernels=kernels, folder=tmp_path / kernels, **small)
         train_with(config)
         lines = (tmp_path / kernels / "metrics.jsonl").read_text().splitlines()
         curves.append([json.loads(line)["loss"] for line in lines])
-    assert len(curves[0]) == len(curves[1]) == 200
-    assert all(abs(one - other) <= 0.02 * one for one, other in zip(*curves, strict=True))
+    assert all(len(curve) == 200 for curve in curves)
+    for curve in curves[1:]:
+        assert all(abs(one - other) <= 0.02 * one for one, other in zip(curves[0], curve, strict=True))

@@ -1,0 +1,380 @@
+"""Batches that mix LoRA adapters, in Triton: bgmv and sgmv against the definition in float64, gradients included.
+
+A result may be one rounding away from the definition. What is past an adapter's rank is NaN in the pools, and so is
+what lies beside each row: whoever reads there fails. What is compiled for Hopper is read at the end.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="pip install triton")
+
+from cuda import lora_ops, triton_lora
+from cuda.lora_ops import lora_bgmv, lora_sgmv
+from cuda.triton_compat import compiling
+from tests.cuda import sass
+from tests.cuda.products import DEVICES
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+HALF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a number: one rounding
+SLACK = {torch.float32: 2**-20, torch.bfloat16: 2**-15, torch.float16: 2**-17}  # of the largest: sums before it
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """`segments`: (adapter, rows) one after the other; an adapter of -1 is none. `most`: the rank of the pools."""
+
+    segments: tuple[tuple[int, int], ...] = ((1, 3), (0, 0), (-1, 2), (0, 9), (3, 1), (4, 2), (1, 2))
+    ranks: tuple[int, ...] = (24, 8, 1, 0, 13)
+    most: int = 24
+    width: int = 600
+    out: int = 333
+    dtype: torch.dtype = torch.bfloat16
+    device: str = "cpu"
+    padding: float = math.nan
+
+    def arrays(self) -> dict[str, torch.Tensor]:
+        """x, a_pool, b_pool, scales, ranks and y; indices of rows for bgmv, segments and `of_segments` for sgmv."""
+        generator = torch.Generator().manual_seed(0)
+
+        def normal(*shape):
+            wide = torch.full((*shape[:-1], shape[-1] + 8), math.nan)
+            wide[..., :-8] = torch.randn(shape, generator=generator)
+            return wide.to(self.device, self.dtype)[..., :-8]
+
+        count, lengths = len(self.ranks), torch.tensor([0, *(rows for _, rows in self.segments)])
+        adapters = torch.tensor([adapter for adapter, _ in self.segments], dtype=torch.int32)
+        rows = int(lengths.sum())
+        a_pool, b_pool = normal(count, self.most, self.width), normal(count, self.out, self.most)
+        a_pool *= max(self.width, 1) ** -0.5
+        for i, rank in enumerate(self.ranks):
+            a_pool[i, rank:], b_pool[i, :, rank:] = self.padding, self.padding
+        found = {"x": normal(rows, self.width), "a_pool": a_pool, "b_pool": b_pool, "y": normal(rows, self.out)}
+        small = {
+            "scales": torch.rand(count, generator=generator) + 0.5,
+            "ranks": torch.tensor(self.ranks, dtype=torch.int32),
+            "indices": adapters.repeat_interleave(lengths[1:]),
+            "segments": lengths.cumsum(0).int(),
+            "of_segments": adapters,
+        }
+        return found | {name: x.to(self.device) for name, x in small.items()}
+
+
+def definition(x, a_pool, b_pool, indices, scales) -> torch.Tensor:
+    """What is added to y, with pools that are 0 past the ranks; differentiable."""
+    a, b = a_pool[indices.clamp_min(0).long()], b_pool[indices.clamp_min(0).long()]
+    scale = torch.where(indices < 0, 0.0, scales[indices.clamp_min(0).long()])
+    return scale[:, None] * (b @ (a @ x[..., None]))[..., 0]
+
+
+def wanted(a: dict) -> torch.Tensor:
+    return definition(a["x"].double(), a["a_pool"].double().nan_to_num(), a["b_pool"].double().nan_to_num(),
+                      a["indices"], a["scales"].double())  # fmt: skip
+
+
+def close(got, want):
+    assert got.shape == want.shape
+    if want.numel():
+        limit = HALF[got.dtype] * want.abs() + SLACK[got.dtype] * want.abs().max() + 1e-30
+        worst = ((got.double() - want).abs() / limit).max().item()
+        assert worst <= 1.0, worst
+
+
+def bgmv(a: dict, **options):
+    return lora_bgmv(a["x"], a["a_pool"], a["b_pool"], a["indices"], a["scales"], a["ranks"], **options)
+
+
+def sgmv(a: dict, **options):
+    given = (a["segments"], a["of_segments"], a["scales"], a["ranks"])
+    return lora_sgmv(a["x"], a["a_pool"], a["b_pool"], *given, **options)
+
+
+OPERATIONS = {"bgmv": bgmv, "sgmv": sgmv}
+BATCHES = {
+    "mixed": Batch(),
+    "none": Batch(segments=((-1, 5), (-1, 1))),
+    "one adapter": Batch(segments=((2, 6),)),
+    "distinct": Batch(segments=tuple((i, 1) for i in (4, 0, 3, 2, 1))),
+    "one row": Batch(segments=((0, 1),), width=1, out=1, ranks=(1,), most=1),
+    "full ranks": Batch(ranks=(16,) * 5, most=16, width=1024, out=256),
+    "rank 64": Batch(ranks=(64, 40, 3, 1, 64), most=64, width=129, out=70),
+    "rank 200": Batch(segments=((0, 40), (1, 2)), ranks=(200, 77), most=200, width=90, out=70),
+}
+TILES = Batch(segments=((1, 3), (-1, 5), (0, 130)), width=150, out=140)  # segments long enough for tiles of 64 rows
+CASES = {
+    **{f"{o}, {name}": (f, batch) for name, batch in BATCHES.items() for o, f in OPERATIONS.items()},
+    **{
+        f"{o}, mixed, {dtype}": (f, Batch(dtype=dtype))
+        for o, f in OPERATIONS.items()
+        for dtype in (torch.float32, torch.float16)
+    },
+    **{f"sgmv, tiles of 64 rows, {dtype}": (sgmv, replace(TILES, dtype=dtype)) for dtype in DTYPES},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operation, batch", CASES.values(), ids=CASES)
+def test_equals_the_definition(operation, batch, device):
+    a = replace(batch, device=device).arrays()
+    want, y, before = wanted(a), a["y"], a["y"].double()
+    close(operation(a, check=True), want)
+    assert operation(a, y=y, check=True) is y
+    close(y, before + want)
+    assert torch.equal(y[a["indices"] < 0].double(), before[a["indices"] < 0])
+
+
+def test_the_reference_is_the_definition():
+    a = Batch(dtype=torch.float64).arrays()
+    names = ("x", "a_pool", "b_pool", "indices", "scales", "ranks")
+    torch.testing.assert_close(triton_lora.reference(*(a[name] for name in names)), wanted(a), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_without_ranks_padding_counts(operation):
+    for padding in (0.0, 0.5):
+        a = Batch(segments=((1, 2), (4, 3)), padding=padding).arrays() | {"ranks": None}
+        close(operation(a), wanted(a))
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("rows, width, out", [(0, 9, 7), (3, 0, 7), (3, 9, 0)])
+def test_empty(operation, rows, width, out):
+    a = Batch(segments=((0, rows),), width=width, out=out, ranks=(4,), most=8).arrays()
+    before = a["y"].clone()
+    assert torch.equal(operation(a), torch.zeros(rows, out, dtype=a["x"].dtype))
+    assert torch.equal(operation(a, y=a["y"]), before)
+
+
+def test_no_segments():
+    a = Batch(segments=(), width=9, out=7).arrays()
+    assert sgmv(a).shape == (0, 7)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_any_strides(operation):
+    a = Batch(width=65, out=40).arrays()
+    want = operation(a)
+    turned = {name: a[name].mT.contiguous().mT for name in ("x", "a_pool", "b_pool")}
+    close(operation(a | turned), wanted(a))
+    y = torch.zeros_like(want).mT.contiguous().mT
+    operation(a, y=y)
+    assert torch.equal(y, want)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_a_nan_stays_in_its_row_and_an_adapter_with_its_rows(operation):
+    a = Batch(segments=((1, 3), (0, 3), (4, 2))).arrays()
+    a["x"][4, 77] = math.nan
+    a["b_pool"][4, 5, 2] = math.inf
+    got = operation(a)
+    assert got[4].isnan().all() and not got[[0, 1, 2, 3, 5]].isnan().any()
+    assert not got[6:, 5].isfinite().any() and got[6:, :5].isfinite().all() and got[6:, 6:].isfinite().all()
+
+
+def test_a_row_does_not_depend_on_its_batch():
+    a = Batch(segments=((0, 4), (1, 5), (4, 1))).arrays()
+    whole = bgmv(a)
+    for i in (0, 5, 9):
+        assert torch.equal(bgmv(a | {"x": a["x"][i : i + 1], "indices": a["indices"][i : i + 1]}), whole[i : i + 1])
+
+
+def test_what_lies_between_is_not_rounded():
+    """Neither x A^T of bfloat16 that cancel, nor, in bgmv, one that float16 cannot hold."""
+    a = Batch(segments=((0, 2),), width=64, out=8, ranks=(16,), most=16, dtype=torch.bfloat16).arrays()
+    a["b_pool"][0, :, 1], a["a_pool"][0, 1] = -a["b_pool"][0, :, 0], a["a_pool"][0, 0]
+    a["a_pool"][0, 1, 0] += 2.0**-6
+    for operation in OPERATIONS.values():
+        close(operation(a), wanted(a))
+    a = Batch(segments=((0, 2),), width=64, out=8, ranks=(16,), most=16, dtype=torch.float16).arrays()
+    a["x"], a["a_pool"], a["b_pool"] = a["x"] * 1e4, a["a_pool"] * 8, a["b_pool"] * 1e-3
+    assert (a["x"].double() @ a["a_pool"][0].double().T).abs().max() > 65504
+    close(bgmv(a), wanted(a))
+
+
+# ---- gradients -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "batch", [BATCHES["mixed"], BATCHES["full ranks"], TILES], ids=["mixed", "full ranks", "tiles"]
+)
+def test_gradients(batch, dtype, device):
+    batch = replace(batch, dtype=dtype, device=device, padding=0.0, width=90, out=70)
+    a = batch.arrays()
+    leaves = [a[n].clone().requires_grad_() for n in ("x", "a_pool", "b_pool")]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    dy = torch.randn(a["y"].shape, generator=torch.Generator().manual_seed(1)).to(device, dtype)
+    want = torch.autograd.grad(definition(*exact, a["indices"], a["scales"].double()), exact, dy.double())
+    for i, rank in enumerate(batch.ranks):
+        want[1][i, rank:], want[2][i, :, rank:] = 0.0, 0.0
+    given = (a["segments"], a["of_segments"], a["scales"], a["ranks"])
+    got = torch.autograd.grad(lora_sgmv(*leaves, *given), leaves, dy)
+    for mine, wish, leaf in zip(got, want, leaves, strict=True):
+        close(mine, wish)
+        assert mine.dtype == leaf.dtype
+
+
+def test_gradients_come_alone_and_with_the_same_bits():
+    a = Batch(width=40, out=30, padding=0.0).arrays()
+    given = (a["segments"], a["of_segments"], a["scales"], a["ranks"])
+
+    def gradients(*which):
+        leaves = [a[n].clone().requires_grad_(n in which) for n in ("x", "a_pool", "b_pool")]
+        dy = torch.ones((), dtype=torch.bfloat16).expand(19, 30)  # as the gradient of a sum is
+        return torch.autograd.grad(lora_sgmv(*leaves, *given), [x for x in leaves if x.requires_grad], dy)
+
+    together = gradients("x", "a_pool", "b_pool")
+    for i, name in enumerate(("x", "a_pool", "b_pool")):
+        assert torch.equal(gradients(name)[0], together[i])
+
+
+def test_gradients_of_nothing():
+    a = Batch(segments=((0, 0),), width=9, out=7).arrays()
+    leaves = [a[n].clone().requires_grad_() for n in ("x", "a_pool", "b_pool")]
+    lora_sgmv(*leaves, a["segments"], a["of_segments"], a["scales"]).sum().backward()
+    assert all((leaf.grad == 0).all() for leaf in leaves)
+
+
+def test_no_second_gradient():
+    a = Batch(segments=((0, 2),), width=9, out=7, padding=0.0).arrays()
+    x = a["x"].clone().requires_grad_()
+    y = sgmv(a | {"x": x})
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y, requires_grad=True), create_graph=True)
+    with pytest.raises(RuntimeError, match="lora_sgmv has no second gradient"):
+        dx.sum().backward()
+
+
+# ---- in torch --------------------------------------------------------------------------------------------------------
+
+
+def test_opcheck():
+    a = Batch(segments=((0, 2), (-1, 1)), width=20, out=12, ranks=(8, 3), most=8, dtype=torch.float32, padding=0.0)
+    a = a.arrays()
+    pools, rest = [a["x"], a["a_pool"], a["b_pool"]], [a["scales"], a["ranks"]]
+    leaves = [x.clone().requires_grad_() for x in pools]
+    rows, segments = [a["indices"]], [a["segments"], a["of_segments"]]
+    for operation, given in (
+        (lora_ops._bgmv, (*pools, *rows, *rest, True)),
+        (lora_ops._bgmv_add, (a["y"], *pools, *rows, *rest, True)),
+        (lora_ops._sgmv, (*leaves, *segments, *rest, True)),
+        (lora_ops._sgmv_add, (a["y"], *pools, *segments, *rest, True)),
+        (lora_ops._sgmv_backward, (a["y"], *pools, *segments, *rest, [True, False, True])),
+    ):
+        assert set(torch.library.opcheck(operation, given).values()) == {"SUCCESS"}
+
+
+# ---- what it refuses -------------------------------------------------------------------------------------------------
+
+
+def put(index, value):
+    def change(x):
+        x = x.clone()
+        x[index] = value
+        return x
+
+    return change
+
+
+BAD = {
+    "type": ("both", {"x": lambda x: x.double()}, "x is torch.float64: expected one of"),
+    "types differ": ("both", {"b_pool": lambda x: x.half()}, "b_pool is torch.float16: expected torch.bfloat16"),
+    "dimensions": ("both", {"x": lambda x: x[0]}, r"x has shape \(600,\): expected 2 dimensions"),
+    "width of A": ("both", {"a_pool": lambda x: x[..., 1:]}, r"a_pool has shape .*599\): expected \(5, 24, 600\)"),
+    "rank of B": ("both", {"b_pool": lambda x: x[..., 1:]}, r"b_pool has shape .*23\): expected \(5, 333, 24\)"),
+    "adapters of B": ("both", {"b_pool": lambda x: x[1:]}, r"b_pool has shape \(4, .*: expected \(5, 333, 24\)"),
+    "no rank": ("both", {"a_pool": lambda x: x[:, :0]}, "a_pool has a rank of 0: expected 1 to 256"),
+    "scales": ("both", {"scales": lambda x: x[1:]}, r"scales has shape \(4,\): expected \(5,\)"),
+    "scales' type": ("both", {"scales": lambda x: x.double()}, "scales is torch.float64: expected torch.float32"),
+    "ranks' type": ("both", {"ranks": lambda x: x.long()}, "ranks is torch.int64: expected torch.int32"),
+    "a rank": ("both", {"ranks": put(1, 25)}, r"ranks\[1\] is 25: expected 0 to 24"),
+    "a negative rank": ("both", {"ranks": put(2, -1)}, r"ranks\[2\] is -1: expected 0 to 24"),
+    "device": ("both", {"scales": lambda x: x.to("meta")}, "scales is on meta, x on cpu: expected one device"),
+    "indices' type": ("bgmv", {"indices": lambda x: x.long()}, "indices is torch.int64: expected torch.int32"),
+    "rows": ("bgmv", {"indices": lambda x: x[1:]}, r"indices has shape \(18,\): expected \(19,\)"),
+    "unknown adapter": ("bgmv", {"indices": put(7, 5)}, r"indices\[7\] is 5: expected -1 to 4, an adapter of the pool"),
+    "adapter -2": ("bgmv", {"indices": put(0, -2)}, r"indices\[0\] is -2: expected -1 to 4"),
+    "adapter of a segment": ("sgmv", {"of_segments": put(6, 5)}, r"indices\[6\] is 5: expected -1 to 4"),
+    "segments": ("sgmv", {"segments": lambda x: x[1:]}, r"segments has shape \(7,\): expected \(8,\)"),
+    "falling": ("sgmv", {"segments": put(2, 2)}, r"segments\[2\] is 2: expected 3 or more, as segments\[1\]"),
+    "not all rows": ("sgmv", {"segments": put(7, 18)}, "segments go from 0 to 18: expected 0 to 19"),
+    "not from 0": ("sgmv", {"segments": put(0, 1)}, "segments go from 1 to 19: expected 0 to 19"),
+    "many segments": (
+        "sgmv",
+        {"segments": lambda x: x.new_zeros(4098), "of_segments": lambda x: x.new_zeros(4097)},
+        "indices has 4097 segments: expected at most 4096; sort rows by adapter",
+    ),
+    "gradient of scales": ("both", {"scales": lambda x: x.requires_grad_()}, "scales requires a gradient"),
+    "gradient of x": ("bgmv", {"x": lambda x: x.requires_grad_()}, "x requires a gradient, but lora_bgmv is for inf"),
+}
+
+
+@pytest.mark.parametrize("which, changes, message", BAD.values(), ids=BAD)
+def test_refused(which, changes, message):
+    a = Batch().arrays()
+    a |= {name: change(a[name].clone()) for name, change in changes.items()}
+    for name, operation in OPERATIONS.items():
+        if which in (name, "both"):
+            with pytest.raises(ValueError, match=message):
+                operation(a)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_a_bad_y_is_refused_and_left_alone(operation):
+    a = Batch().arrays()
+    for y, message in (
+        (a["y"][:, 1:], r"y has shape \(19, 332\): expected \(19, 333\)"),
+        (a["y"].float(), "y is torch.float32: expected torch.bfloat16"),
+        (a["y"].clone().requires_grad_(), "y requires a gradient"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            operation(a, y=y)
+    before = a["y"].clone()
+    with pytest.raises(ValueError, match="ranks"):
+        operation(a | {"ranks": a["ranks"] + 100}, y=a["y"])
+    assert torch.equal(a["y"], before)
+    with pytest.raises(ValueError, match="x requires a gradient, but "):
+        operation(a | {"x": a["x"].clone().requires_grad_()}, y=a["y"])
+    with torch.no_grad():
+        operation(a | {"x": a["x"].clone().requires_grad_()}, y=a["y"])
+
+
+# ---- machine code ----------------------------------------------------------------------------------------------------
+
+
+def zeros(rows, width, out, most, segments=0):
+    pools = (torch.zeros(s, dtype=torch.bfloat16) for s in ((rows, width), (4, most, width), (4, out, most)))
+    small = (torch.ones(4), torch.ones(4, dtype=torch.int32))
+    starts = (torch.arange(segments + 1, dtype=torch.int32) * (rows // segments),) if segments else ()
+    return *pools, *starts, torch.zeros(segments or rows, dtype=torch.int32), *small
+
+
+MACHINE_CODE = {
+    "bgmv, rank 16": (lambda y: lora_bgmv(*zeros(4, 2048, 1024, 16), y=y), 4, [r"LDG\.E\.128"] * 2),
+    "bgmv, rank 8": (lambda y: lora_bgmv(*zeros(4, 2048, 1024, 8), y=y), 4, [r"LDG\.E\.128"] * 2),
+    "sgmv, rank 16": (lambda y: lora_sgmv(*zeros(512, 512, 1024, 16, 4), y=y), 512, ["HGMMA"] * 2),
+    "sgmv, rank 64, few rows": (lambda y: lora_sgmv(*zeros(64, 512, 1024, 64, 4), y=y), 64, [r"HMMA\.16816"] * 2),
+    "gradients": (
+        lambda y: lora_ops._sgmv_backward(y, *zeros(512, 512, 1024, 16, 4), [True] * 3),
+        512,
+        ["HGMMA", "HGMMA", r"HMMA\.16816", "HGMMA", r"HMMA\.16816"],
+    ),
+}
+
+
+@pytest.mark.skipif(bool(sass.missing("cuobjdump", "nvdisasm")), reason="no cuobjdump and nvdisasm")
+@pytest.mark.parametrize("call, rows, patterns", MACHINE_CODE.values(), ids=MACHINE_CODE)
+def test_machine_code(call, rows, patterns, tmp_path):
+    with compiling(90) as found:
+        call(torch.zeros(rows, 1024, dtype=torch.bfloat16))
+    for (name, _, kernel), pattern in zip(found, patterns, strict=True):
+        (tmp_path / name).write_bytes(kernel.asm["cubin"])
+        (code,) = sass.disassemble(tmp_path / name, sass.kernels(tmp_path / name))
+        assert not sass.memory_faults(code)
+        assert code.count(pattern) >= 2, name
+        assert code.count(r"LDG\.E\.U16") == 0, f"{name}: loads of 2 bytes"
+        assert code.count(r"LDG\.E\.128|LDGSTS\.E\.BYPASS\.128") >= 4, name
+        assert code.count(r"STG\.E\.U16") == 0, f"{name}: stores of 2 bytes"
