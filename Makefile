@@ -22,10 +22,15 @@ TARGETS := all
 test gpu sanitize: TARGETS := all test_kernels
 speedrun: TARGETS := _bpe
 
+# Tests of kernels run in one process each: two at once where pytest-xdist is installed. The others start processes and
+# watch clocks, and go alone.
+two_at_once = $$($(RUN) -c 'import xdist' 2>/dev/null && echo "-n 2 --dist worksteal")
+
 test: native
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest
+	$(RUN) -m pytest $(two_at_once) tests/cuda
+	$(RUN) -m pytest --ignore tests/cuda
 	@$(MAKE) --no-print-directory test-triton-oldest
 
 # The tests of the kernels in Triton once more, with the oldest Triton that is supported, in a folder of its own. Not with
@@ -38,7 +43,7 @@ else
 	@[ -e $(OLDEST)/.ready ] || { rm -rf $(OLDEST); \
 	  $(RUN) -m pip install --quiet --no-deps --target $(OLDEST) triton==3.6.0 && touch $(OLDEST)/.ready; } || \
 	  echo "make $@: skipped, pip cannot install Triton 3.6.0 here"
-	@[ ! -e $(OLDEST)/.ready ] || PYTHONPATH=$(CURDIR)/$(OLDEST) $(RUN) -m pytest tests/cuda -k triton -m "not slow"
+	@[ ! -e $(OLDEST)/.ready ] || PYTHONPATH=$(CURDIR)/$(OLDEST) $(RUN) -m pytest $(two_at_once) tests/cuda -k triton -m "not slow"
 endif
 
 # A run that was killed goes on, a finished one only says again what it reached; ARGS="--folder runs/second" starts another.

@@ -6,6 +6,7 @@ Gradients of bfloat16 are rounded; so both are held to float32, and ours must be
 import json
 import math
 from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -13,7 +14,6 @@ import torch
 pytest.importorskip("cuda._simt", reason="make native builds the kernels")
 
 from cuda import train_gpt
-from cuda.device import KERNELS
 from cuda.train_gpt import PRESETS, KernelsConfig, gpt_arguments, train_with, updates
 from minigpt.config import GPTConfig
 from minigpt.model import GPT
@@ -29,6 +29,7 @@ CONFIGS = {
     "window": {"mlp": "gelu_tanh", "window": 5, "window_pattern": "SL"},
 }  # fmt: skip
 TARGETS = {"z_loss": 1e-3}
+KERNELS = ("cuda", "triton") if find_spec("triton") else ("cuda",)
 
 
 def model(kernels: str, config: GPTConfig, device: str) -> GPT:
