@@ -81,12 +81,16 @@ bench: native
 	rm -rf build/scaling
 	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)
 
+# The tests of kernels in Triton compile more than a thousand of them: a process for each file, eight at once (5: no test
+# in it is for a GPU).
 gpu: native
-	$(RUN) -m pytest -m gpu
+	$(RUN) -m pytest -m gpu --ignore-glob 'tests/cuda/test_triton_*'
+	ls tests/cuda/test_triton_*.py | xargs -P 8 -I{} sh -c '$(RUN) -m pytest -q -m gpu {} || [ $$? -eq 5 ]'
 	$(RUN) -m common.timing --device cuda --out $(OUT)
 	$(RUN) -m cuda.bench_matmul --device cuda --budget-s 110 --out $(OUT)
 	$(RUN) -m cuda.bench_attention --device cuda --budget-s 90 --out $(OUT)
 	$(RUN) -m cuda.bench_fused --device cuda --out $(OUT)
+	$(RUN) -m cuda.bench_other_products --device cuda --budget-s 50 --out $(OUT)
 	$(RUN) -m minigpt.bench --device cuda --rounds 7 --out $(OUT)
 	$(RUN) -m parallel.bench --device cuda --rounds 7 --out $(OUT)
 	rm -rf build/speedrun

@@ -89,10 +89,25 @@ class Run:
             try:
                 functions[name] = attention.backward_of(one, inputs) if backward else lambda one=one: one(*inputs[:3])
                 functions[name]()
-            except (ValueError, RuntimeError) as error:  # a head width that a step of the ladder does not have
+            except Exception as error:  # a head width that a step of the ladder does not have; what a compiler raises
                 functions.pop(name, None)
-                print(f"{name} does not take {kind} {shape}: {str(error).splitlines()[0]}", flush=True)
+                first_line = str(error).partition("\n")[0]
+                print(f"{name} does not take {kind} {shape}: {first_line}", flush=True)
+                if name == "triton":
+                    self.failures.append(f"triton, {kind} {shape}: {type(error).__name__}: {error}")
+        self.drop_wrong_triton(f"{kind} {shape}", functions)
         self.keep(shape, kind, functions)
+
+    def drop_wrong_triton(self, what: str, functions: dict[str, Any]) -> None:
+        """A wrong result of ours in Triton costs its own row, not everybody's."""
+        if "triton" not in functions or len(functions) == 1:
+            return
+        *_, baseline = functions
+        results = {name: functions[name]() for name in ("triton", baseline)}
+        if not timing.close(TOLERANCE)(results):
+            del functions["triton"]
+            self.failures.append(f"triton, {what}: the result is far from that of {baseline}")
+            print(f"FAILED, not timed: {self.failures[-1]}", flush=True)
 
     def keep(self, shape: Shape, kind: str, functions: dict[str, Any]) -> None:
         options = {"rounds": self.config.rounds, "warmup": 2, "device": "cuda"}

@@ -46,11 +46,16 @@ class BenchConfig:
         return tuple(mine or usual for mine, usual in zip(given, SIZES[device], strict=True))
 
 
-def compiles(what: str, make: Callable[[], Callable[[], Any]], failures: list[str]) -> dict[str, Callable[[], Any]]:
-    """{"triton": the call}, or nothing where it does not run: that is noted, and costs the others nothing."""
+def compiles(
+    what: str, make: Callable[[], Callable[[], Any]], failures: list[str], wanted: Callable[[], Any] | None = None
+) -> dict[str, Callable[[], Any]]:
+    """{"triton": the call}, or nothing where it does not run or is far from the result of `wanted`: that is noted, and
+    costs the others nothing."""
     try:
         call = make()
-        call()
+        result = call()
+        if wanted is not None and not timing.close(TOLERANCE)({"triton": result, "torch": wanted()}):
+            raise ValueError("the result is far from torch's")
     except Exception as error:  # whatever a compiler or a driver may raise
         failures.append(f"{what}, triton: {type(error).__name__}: {error}")
         print(f"FAILED, not timed: {failures[-1]}", flush=True)
@@ -60,12 +65,13 @@ def compiles(what: str, make: Callable[[], Callable[[], Any]], failures: list[st
 
 def competitors(case: Case, config: BenchConfig, failures: list[str]) -> dict[str, Callable[[], Any]]:
     """The calls that are timed, torch's last."""
-    functions = {"ours": case.run(case.ours)}
+    functions, torchs = {"ours": case.run(case.ours)}, case.run(case.torchs)
     if config.triton:
-        functions |= compiles(case.name, lambda: case.run(case.in_triton()), failures)
+        wanted = None if case.name in MUTATE else torchs
+        functions |= compiles(case.name, lambda: case.run(case.in_triton()), failures, wanted)
     if config.compile and case.inputs:
         functions["torch.compile"] = case.run(torch.compile(case.torchs))
-    return functions | {"torch": case.run(case.torchs)}
+    return functions | {"torch": torchs}
 
 
 def measure(
@@ -133,7 +139,8 @@ def measure_head(config: BenchConfig, failures: list[str]) -> list[dict[str, Any
     triton = functions.pop("triton")
     if config.triton:
         name = "linear + cross_entropy"
-        functions = {"ours": functions["ours"]} | compiles(name, lambda: triton, failures) | functions
+        found = compiles(name, lambda: triton, failures, functions["torch"])
+        functions = {"ours": functions["ours"]} | found | functions
     peaks = {}
     for name, function in functions.items():
         torch.cuda.empty_cache()

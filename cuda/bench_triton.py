@@ -52,6 +52,9 @@ def measure(config: BenchConfig) -> tuple[list[dict[str, Any]], list[str]]:
             code = f"{row['instructions']:5} instructions {row['hgmma']:3} HGMMA {row['tma_loads']:3} UTMALDG"
             what = f"{row['operation']}, {row['configuration']}"
             print(f"{what:38} {row['kernel']:28} {row['compile_s']:6.2f} s {made} {code}", flush=True)
+        print(
+            f"{'':38} lines: {found[0]['triton_lines']} Triton, {found[0].get('cuda_lines', 'no')} CUDA C++", flush=True
+        )
         rows += found
     return rows, failures
 

@@ -52,6 +52,7 @@ def cross_entropy(
             f"dimension of rows"
         )
     _check_types(logits=logits)
+    _check_devices(logits=logits, targets=targets)
     logits, targets = logits.reshape(-1, logits.shape[-1]), _as_targets(targets)
     return _cross_entropy(logits, targets, float(softcap), float(z_loss), int(ignore_index), kernels)[0]
 
@@ -73,6 +74,7 @@ def cross_entropy_(
     if logits.ndim != 2 or tuple(targets.shape) != tuple(logits.shape[:1]):
         raise ValueError(f"logits {tuple(logits.shape)} and targets {tuple(targets.shape)}: expected (N, V) and (N,)")
     _check_types(logits=logits)
+    _check_devices(logits=logits, targets=targets)
     if torch.is_grad_enabled() and logits.requires_grad:
         raise ValueError("logits require a gradient: expected none, they are overwritten; call .detach()")
     targets = _as_targets(targets)
@@ -117,6 +119,7 @@ def linear_cross_entropy(
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     _check_types(x=x)
+    _check_devices(x=x, weight=weight, targets=targets, bias=bias)
     for name, other in (("weight", weight), ("bias", bias)):
         if other is not None and other.dtype not in (x.dtype, torch.float32):
             raise ValueError(f"{name} is {other.dtype}: expected {x.dtype}, as x is, or torch.float32")
@@ -145,6 +148,7 @@ def embedding(tokens: Tensor, table: Tensor, *, kernels: Kernels = "cuda") -> Te
     if table.ndim != 2:
         raise ValueError(f"table has shape {tuple(table.shape)}: expected (V, C)")
     _check_types(table=table)
+    _check_devices(table=table, tokens=tokens)
     _check_integers("token", tokens)
     return _embedding(tokens.reshape(-1).long(), table, kernels).reshape(*tokens.shape, table.shape[1])
 
@@ -167,6 +171,13 @@ def _check_types(**tensors: Tensor) -> None:
             raise ValueError(f"{name} is on {x.device}: expected the CPU or a CUDA device")
         if x.shape[-1] == 0:
             raise ValueError(f"{name} has shape {tuple(x.shape)}: expected at least one column")
+
+
+def _check_devices(**tensors: Tensor | None) -> None:
+    (first, x), *others = tensors.items()
+    for name, other in others:
+        if other is not None and other.device != x.device:
+            raise ValueError(f"{name} is on {other.device}, {first} on {x.device}: expected one device, call .to()")
 
 
 def _check_integers(kind: str, indices: Tensor) -> None:

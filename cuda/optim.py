@@ -90,6 +90,12 @@ def _check_parameter(p: Tensor) -> None:
         raise ValueError(f"a parameter {tuple(p.shape)} has strides {p.stride()}: expected a contiguous one")
 
 
+def _check_factor(factor: Tensor | None, device: torch.device) -> None:
+    if factor is not None and (factor.dtype != torch.float32 or factor.ndim or factor.device != device):
+        described = f"{factor.dtype} of shape {tuple(factor.shape)} on {factor.device}"
+        raise ValueError(f"factor is {described}: expected a torch.float32 of shape () on {device}")
+
+
 def _chunks(sizes: list[int], device: torch.device) -> Tensor:
     """(chunks, 2) int32: the tensor, and the chunk's number in it."""
     counts = torch.tensor([-(-size // CHUNK) for size in sizes])
@@ -130,6 +136,7 @@ class _Batch:
         self.places = self.tables = None
 
     def step(self, group: dict, factor: Tensor | None) -> None:
+        _check_factor(factor, self.chunks.device)
         gradients = [_gradient(p) for p in self.parameters]
         places = [(p.data_ptr(), g.data_ptr(), g.dtype) for p, g in zip(self.parameters, gradients, strict=True)]
         if places != self.places:

@@ -267,6 +267,7 @@ def _multiply(
     if y.numel():
         weight = _weight(packed, scale, zero, scale2, offset, code, format, rows, columns, block)
         here = place(x.device, kernels="triton")
+        bias = None if bias is None else bias.detach().contiguous()
         here.run("quantised_multiply", x=_as_rows(x), y=y.view(-1, rows), bias=bias, **weight)
     return y
 

@@ -8,7 +8,7 @@ a table; `multiple_of` says it again. Blocks that are not whole, or start off a 
 import torch
 import triton.language as tl
 
-from cuda.triton_compat import jit
+from cuda.triton_compat import jit, reaching
 from cuda.triton_multi_tensor import CHUNK, F32, load, store
 
 BLOCK = 1024  # 16 bytes of each float32 array for each of 256 threads: 64 bytes a thread in flight
@@ -70,6 +70,6 @@ def adamw(
     place, *, tensors, chunks, decay, beta1_rest, beta2, beta2_rest, step, root_inverse, eps, factor=None, memory=None
 ):
     """fused/adamw.cu: a row of `tensors` has the addresses of p, g, m, v and the float32 copy, the count, two types."""
-    adamw_chunks[(len(chunks),)](
-        tensors, chunks, factor, decay, beta1_rest, beta2, beta2_rest, step, root_inverse, eps, BLOCK=BLOCK, num_warps=8
-    )
+    numbers = decay, beta1_rest, beta2, beta2_rest, step, root_inverse, eps
+    with reaching(memory):
+        adamw_chunks[(len(chunks),)](tensors, chunks, factor, *numbers, BLOCK=BLOCK, num_warps=8)

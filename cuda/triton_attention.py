@@ -32,6 +32,9 @@ from cuda.triton_attention_rules import (
 from cuda.triton_compat import jit
 from cuda.triton_tilings import Tiling, choose, prune
 
+# Counts that Triton would compile anew for, where one is 1 or a multiple of 16, and the code is no better for it. It is
+# better for `keys`: a mask that ends at a multiple of 16 leaves loads of a bias whole. Backward it costs registers.
+ANY_NUMBER = ("heads", "sequences", "queries", "tiles", "swath", "left", "right")
 L2 = 32 << 20  # bytes of keys and values that programs running together may share: of an H100's 50 MB
 
 # Registers decide: 128 x 128 scores of float32 take 64 registers of each of 256 threads, as the output of width 128
@@ -108,7 +111,7 @@ def block_of(swath, tiles, sequences, heads):
     return tiles - 1 - inside // width, head // heads, head % heads
 
 
-@jit
+@jit(do_not_specialize=ANY_NUMBER)
 def attention_kernel(
     q, k, v, o, lse, sink, bias, starts_q, starts_k, o_strides, lse_strides, bias_strides, heads, group, sequences,
     queries, keys, tiles, swath, left, right, scaling, K: tl.constexpr, WIDTH: tl.constexpr, M: tl.constexpr,

@@ -13,8 +13,8 @@ Triton's own and may change; tests/cuda/test_triton_compat.py would see it.
 
 import inspect
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import cache
 from typing import Any, NamedTuple
@@ -65,10 +65,11 @@ class Kernel(JITFunction):
         compiling = _compiling.get()
         if compiling is not None:
             return self._compile_only(compiling, grid, args, kwargs)
-        devices = {x.device.type for x in _tensors((*args, *kwargs.values()))}
-        if devices == {"cuda"}:
+        first = next(tensors_of(args), None)
+        if first is not None and first.is_cuda:  # not all are looked at: microseconds count, and Triton refuses others
             with _language:
                 return super().run(*args, grid=grid, warmup=warmup, **(OPTIONS | kwargs))
+        devices = {x.device.type for x in tensors_of((*args, *kwargs.values()))}
         if devices != {"cpu"}:
             raise ValueError(f"{self.__name__} of tensors on {' and '.join(sorted(devices))}: expected cuda, or cpu")
         return _interpret(self, grid, args, kwargs)
@@ -110,10 +111,10 @@ def capability() -> int | None:
     return None if compiling is None else compiling.capability
 
 
-def _tensors(arguments) -> Iterator[Tensor]:
+def tensors_of(arguments: Iterable) -> Iterator[Tensor]:
     for x in arguments:
-        if isinstance(x, tuple):
-            yield from _tensors(x)
+        if isinstance(x, tuple | list):
+            yield from tensors_of(x)
         elif isinstance(x, Tensor):
             yield x
         elif isinstance(x, TensorDescriptor):
@@ -122,6 +123,12 @@ def _tensors(arguments) -> Iterator[Tensor]:
 
 # ---- the interpreter -------------------------------------------------------------------------------------------------
 
+
+# What goes round each interpreted launch: (name, arguments) -> context manager. triton_check.py sets it.
+watch: ContextVar[Callable[[str, Iterable], AbstractContextManager]]
+watch = ContextVar("watch", default=lambda *_: nullcontext())
+# Tensors that kernels find by addresses in a table, for those who watch.
+_behind_tables: ContextVar[tuple] = ContextVar("behind_tables", default=())
 
 builder = interpreter.interpreter_builder
 _dot, _cast, _convert = (getattr(type(builder), name) for name in ("create_dot", "cast_impl", "create_fp_to_fp"))
@@ -187,6 +194,16 @@ def _bound(fn: Callable, args, kwargs) -> dict[str, Any]:
     return inspect.getcallargs(fn, *args, **{name: x for name, x in kwargs.items() if name in parameters})
 
 
+@contextmanager
+def reaching(tensors: Iterable[Tensor] | None) -> Iterator[None]:
+    """Inside, launches may also touch these tensors, whose addresses they find in memory."""
+    token = _behind_tables.set(tuple(tensors or ()))
+    try:
+        yield
+    finally:
+        _behind_tables.reset(token)
+
+
 def _interpret(kernel: JITFunction, grid, args, kwargs) -> None:
     bound = _bound(kernel.fn, args, kwargs)
     grid = tuple(grid(bound) if callable(grid) else grid)
@@ -203,7 +220,8 @@ def _interpret(kernel: JITFunction, grid, args, kwargs) -> None:
             values = {name: x if name in constants else _value(x) for name, x in bound.items()}
             interpreted = _rewritten(kernel.fn)
             builder.set_grid_dim(*grid)
-            with np.errstate(all="ignore"):  # a GPU says nothing of overflows either
+            watching = watch.get()(kernel.__name__, (*bound.values(), *_behind_tables.get()))
+            with watching, np.errstate(all="ignore"):  # a GPU says nothing of overflows either
                 for index in np.ndindex(grid):
                     builder.set_grid_idx(*index)
                     interpreted(**values)

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from cuda.triton_compat import jit
+from cuda.triton_tilings import SHARED
 
 LOG2_E: tl.constexpr = tl.constexpr(1 / math.log(2))
 LN_2: tl.constexpr = tl.constexpr(math.log(2))
@@ -63,15 +64,16 @@ def _finish(most, total, beside):
 def _attend(
     q, k_cache, v_cache, table, lengths, sink, o, lse, split_o, split_state,
     q_batch, q_head, q_token, o_batch, o_head, o_token, k_page, k_slot, k_head, v_page, v_slot, v_head, table_row,
-    heads, queries, left, least_keys, scale_log2, cap, uncap,
+    batch, heads, queries, splits, left, least_keys, scale_log2, cap, uncap,
     RATIO: tl.constexpr, BLOCK_SIZE: tl.constexpr, WIDTH: tl.constexpr, SPLIT: tl.constexpr, CAPPED: tl.constexpr,
     SINK: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One split of one head of the cache. Scores are in units of 1 / scale, which goes into the exponential instead:
     differences of large scores then stay exact."""
-    split, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     kv_heads = heads // RATIO
-    kv_head, tile = tl.program_id(1) % kv_heads, tl.program_id(1) // kv_heads
+    split, which = tl.program_id(0) % splits, tl.program_id(0) // splits
+    kv_head, tile = which % kv_heads, which // kv_heads % tl.cdiv(queries * RATIO, ROWS)
+    b = (which // kv_heads // tl.cdiv(queries * RATIO, ROWS)).to(tl.int64)
     rows, columns = tile * ROWS + tl.arange(0, ROWS), tl.arange(0, COLUMNS)
     token, head = rows // RATIO, kv_head * RATIO + rows % RATIO
     real = rows < queries * RATIO
@@ -82,12 +84,13 @@ def _attend(
     # The keys of this split begin at a multiple of 16, as blocks do.
     first = tl.maximum(length - queries - left, 0)
     aligned = first // 16 * 16
-    share = tl.maximum(tl.cdiv(tl.cdiv(length - aligned, KEYS), tl.num_programs(0)), tl.cdiv(least_keys, KEYS)) * KEYS
+    share = tl.maximum(tl.cdiv(tl.cdiv(length - aligned, KEYS), splits), tl.cdiv(least_keys, KEYS)) * KEYS
     begin = aligned + split * share
     end = tl.minimum(begin + share, length)
 
     q_rows = q + b * q_batch + head[:, None] * q_head + token[:, None] * q_token
     x = tl.load(q_rows + columns[None, :], mask=real[:, None] & wide[None, :], other=0.0)
+    kv_head = kv_head.to(tl.int64)  # a cache may have its heads outermost, 2^31 elements and more apart
     k_head_cache, v_head_cache = k_cache + kv_head * k_head, v_cache + kv_head * v_head
     most = tl.full((ROWS,), -float("inf"), tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
@@ -99,7 +102,7 @@ def _attend(
         keys = start + tl.arange(0, KEYS)
         # What no query sees is not looked up, not read, and its value is 0: 0 times what lies there might be NaN.
         inside = (keys >= first) & (keys < end)
-        page, slot = ahead.to(tl.int64), keys % BLOCK_SIZE
+        page, slot = ahead.to(tl.int64), (keys % BLOCK_SIZE).to(tl.int64)
         later = keys + KEYS
         ahead = tl.load(pages + later // BLOCK_SIZE, mask=later < end, other=0)
         read = inside[:, None] & wide[None, :]
@@ -119,7 +122,7 @@ def _attend(
 
     flat = (b * heads + head) * queries + token
     if SPLIT:
-        part = split.to(tl.int64) * tl.num_programs(2) * heads * queries + flat
+        part = split.to(tl.int64) * batch * heads * queries + flat
         tl.store(split_state + part * 2, most, mask=real)
         tl.store(split_state + part * 2 + 1, total, mask=real)
         seen = real & (total != 0.0)  # the merge does not read the others
@@ -170,16 +173,19 @@ def _merge(
     tl.store(lse + row, log_sum)
 
 
-def _shape(rows: int, columns: int, bytes_each: int) -> tuple[int, int, int, int]:
+def _shape(rows: int, columns: int, bytes_each: int, kind: str) -> tuple[int, int, int, int]:
     """Rows and keys of a tile, warps, stages.
 
     Keys and values of a tile are 32 KB, of which three stages keep two: one is on its way while the other is
     multiplied. Three blocks of 72 KB fit on a multiprocessor, with 64 KB and more on their way, where the 2 MB that
     3.35 TB/s bring in a latency of 600 ns ask for 15 KB of each. A tile of 64 rows multiplies by wgmma, on less the
-    warps share the keys. float32 multiplies out of registers, which 8 warps have.
+    warps share the keys. float32 multiplies out of registers, which 8 warps have. Where queries, two stages and what
+    is multiplied with values do not fit into shared memory, as on GPUs before Hopper, keys are halved, then queries.
     """
     tile_rows = 16 if rows <= 16 else 32 if rows <= 32 else 64
     keys = min(16 * 1024 // (columns * bytes_each), 64 if tile_rows == 64 else 128)
+    while bytes_each * (tile_rows * columns + 4 * keys * columns + tile_rows * keys) + 1024 > SHARED[kind]:
+        keys, tile_rows = (keys // 2, tile_rows) if keys > 16 else (keys, tile_rows // 2)
     return tile_rows, keys, 8 if bytes_each == 4 else 4, 3
 
 
@@ -190,13 +196,13 @@ def attention_decode(
     """Arguments as of the operation in CUDA C++ (attention/decode.h)."""
     (B, H, T, K), (_, block_size, G, _) = q.shape, k_cache.shape
     columns = triton.next_power_of_2(K)
-    rows, keys, warps, stages = _shape(T * H // G, columns, q.element_size())
+    rows, keys, warps, stages = _shape(T * H // G, columns, q.element_size(), place.kind)
     scale_log2 = scale / math.log(2)
     given = {"WIDTH": K, "SINK": sink is not None, "COLUMNS": columns}
-    _attend[(splits, G * triton.cdiv(T * H // G, rows), B)](
+    _attend[(splits * G * triton.cdiv(T * H // G, rows) * B,)](
         q, k_cache, v_cache, block_table, lengths, sink, o, lse, split_o, split_state,
         *q.stride()[:3], *o.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3], block_table.stride(0),
-        H, T, left, least_keys, scale_log2, softcap / scale, scale / softcap if softcap else 0.0,
+        B, H, T, splits, left, least_keys, scale_log2, softcap / scale, scale / softcap if softcap else 0.0,
         RATIO=H // G, BLOCK_SIZE=block_size, SPLIT=splits > 1, CAPPED=softcap != 0.0, ROWS=rows, KEYS=keys,
         STAGES=stages, num_warps=warps, **given,
     )  # fmt: skip

@@ -7,6 +7,7 @@ are ordered by a count of clocks, and dropped if they do not fit; one that was m
 Refused: a problem for which no tiling fits. Letters: A is m x k, B is k x n.
 """
 
+from functools import lru_cache
 from math import ceil
 from typing import NamedTuple
 
@@ -94,6 +95,7 @@ def padded(t: Tiling, size: Size) -> tuple[int, int]:
     return tiles(size, t) * t.block_m * t.block_n, -t.block_m * t.block_n
 
 
+@lru_cache(maxsize=1024)  # to count takes as long as a small product
 def candidates(step: str, kind: str, size: Size, details: Details, multiprocessors: int) -> list[Tiling]:
     """The tilings that fit, best guess first."""
     all_tilings = TILINGS_32 if size.dtype == "float32" else TILINGS_16
@@ -110,6 +112,7 @@ def candidates(step: str, kind: str, size: Size, details: Details, multiprocesso
     return [*fitting, SPECIALISED] if specialised else fitting
 
 
+@lru_cache(maxsize=1024)
 def choose_step(kind: str, size: Size, details: Details, multiprocessors: int, *, tma: bool) -> str:
     """`tma`: whether TMA can describe A and B."""
     if kind == "interpreter":

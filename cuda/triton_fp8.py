@@ -92,7 +92,7 @@ def _maxima(
     x, partial, rows, columns, chunk, stride_x, PER_COLUMN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Of a chunk of rows and a block of columns: one number, or one for each column."""
-    part, block = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
     largest = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(part * chunk, min(rows, (part + 1) * chunk), ROWS):
@@ -104,7 +104,7 @@ def _maxima(
     if PER_COLUMN:
         tl.store(partial + part.to(tl.int64) * columns + column, of_columns, mask=column < columns)
     else:
-        tl.store(partial + part * tl.num_programs(1) + block, tl.max(of_columns, axis=0))
+        tl.store(partial + part * tl.num_programs(0) + block, tl.max(of_columns, axis=0))
 
 
 @jit
@@ -133,10 +133,10 @@ def _cast(
     LARGEST: tl.constexpr, PER_COLUMN: tl.constexpr, TRANSPOSED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The chunk that the same program of `_maxima` read: with luck it is still in L2."""
-    part, block = tl.program_id(0), tl.program_id(1)
+    block, part = tl.program_id(0), tl.program_id(1)
     column = block * BLOCK + tl.arange(0, BLOCK)
     if PER_COLUMN:
-        s = _scale(_largest_of_columns(partial, tl.num_programs(0), column, columns, BLOCK), LARGEST)
+        s = _scale(_largest_of_columns(partial, tl.num_programs(1), column, columns, BLOCK), LARGEST)
         if part == 0:
             tl.store(scale + column, s, mask=column < columns)
     else:
@@ -177,8 +177,8 @@ def quantize_fp8(place, *, x: Tensor, y: Tensor, scale: Tensor, per_row: bool, t
     parts = triton.cdiv(rows, chunk)
     partial = torch.empty(parts * (columns if per_row else blocks), dtype=torch.float32, device=x.device)
     sizes = {"PER_COLUMN": per_row, "ROWS": at_once, "BLOCK": block, "num_warps": 8}
-    _maxima[(parts, blocks)](x, partial, rows, columns, chunk, x.stride(0), **sizes)
-    _cast[(parts, blocks)](
+    _maxima[(blocks, parts)](x, partial, rows, columns, chunk, x.stride(0), **sizes)
+    _cast[(blocks, parts)](
         x, y, partial, scale, rows, columns, chunk, x.stride(0), y.stride(0),
         LARGEST=largest, TRANSPOSED=transposed, **sizes,
     )  # fmt: skip

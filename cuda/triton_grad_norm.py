@@ -10,7 +10,7 @@ one that starts off a multiple of 16 bytes, goes by elements. NaN and infinity p
 import torch
 import triton.language as tl
 
-from cuda.triton_compat import jit
+from cuda.triton_compat import jit, reaching
 from cuda.triton_multi_tensor import BF16, CHUNK, F32, load, pointer
 
 TOTAL = 4096  # sums that the last program adds at once
@@ -83,10 +83,12 @@ def chunk_scale(gradients, chunks, factor):
 
 def grad_norm(place, *, tensors, chunks, sums, norm, factor, max_norm, memory=None):
     """fused/grad_norm.cu: a row of `tensors` has a gradient's address, count and type."""
-    chunk_squares[(len(chunks),)](tensors, chunks, sums, num_warps=8)
+    with reaching(memory):
+        chunk_squares[(len(chunks),)](tensors, chunks, sums, num_warps=8)
     total_norm[(1,)](sums, len(chunks), max_norm, norm, factor, BLOCK=TOTAL, num_warps=16)
 
 
 def grad_scale(place, *, tensors, chunks, factor, memory=None):
     """Every gradient times the factor, which where it is 1 touches nothing."""
-    chunk_scale[(len(chunks),)](tensors, chunks, factor, num_warps=8)
+    with reaching(memory):
+        chunk_scale[(len(chunks),)](tensors, chunks, factor, num_warps=8)

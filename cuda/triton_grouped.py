@@ -47,7 +47,8 @@ def _rows_times(
     tile = tl.program_id(0)
     first_tile, begin = 0, 0
     for expert in range(experts + 1):
-        end = min(tl.load(ends + expert, mask=expert < experts, other=rows), rows)
+        # Ends are what they should be only if somebody looked: from here on they neither fall nor lie outside.
+        end = min(max(tl.load(ends + expert, mask=expert < experts, other=rows), begin), rows)
         tiles_m = tl.cdiv(end - begin, BLOCK_M)
         terms = tl.where(expert < experts, k, 0)
         while tile < first_tile + tiles_m * tiles_n:
@@ -111,7 +112,7 @@ def _grouped_weights(
     tile = tl.program_id(0) % (tiles_k * tiles_n)
     expert = tl.program_id(0) // (tiles_k * tiles_n)
     row, column = tile % tiles_k * BLOCK_K, tile // tiles_k * BLOCK_N
-    begin = tl.load(ends + expert - 1, mask=expert > 0, other=0)
+    begin = max(tl.load(ends + expert - 1, mask=expert > 0, other=0), 0)
     end = min(tl.load(ends + expert), rows)
     whole = begin + max(end - begin, 0) // BLOCK_ROWS * BLOCK_ROWS
     sums = tl.zeros([BLOCK_K, BLOCK_N], tl.float32)

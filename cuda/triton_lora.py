@@ -5,8 +5,8 @@ them is float32, where punica rounds it to the type of x, and a row's parts over
 bits every time. lora_bgmv has an adapter for each row (decoding): a product of vectors, all time goes into reading A
 and B. lora_sgmv has rows sorted by adapter (prefill, training): tiles of rows on tensor cores; each program finds its
 tile by the segments' lengths itself, so that nothing waits for the GPU. Ranks differ from adapter to adapter: what is
-past a rank does not count, and is read only where it fills up 16 bytes. What is refused stands in lora_ops.py; there is
-no version in CUDA C++.
+past a rank does not count, and is read only where it fills up 16 bytes. Gradients: triton_lora_gradients.py. What is
+refused stands in lora_ops.py; there is no version in CUDA C++.
 """
 
 import triton
@@ -66,8 +66,7 @@ def _shrink_row(
             given = tl.load(x + row * x_row + columns * x_column, mask=inside, other=0.0).to(tl.float32)
             at = adapter * a_pool + r[:, None] * a_rank + columns[None, :] * a_column
             weight = tl.load(a + at, mask=(r < rank)[:, None] & inside[None, :], other=0.0).to(tl.float32)
-            to = shrunk + (split * rows + row) * MOST + r
-            tl.store(to, tl.sum(weight * given[None, :], 1), mask=r < rank)
+            tl.store(shrunk + (split * rows + row) * MOST + r, tl.sum(weight * given[None, :], 1), mask=r < rank)
 
 
 @jit
@@ -126,14 +125,22 @@ def lora_bgmv(place, *, x, a_pool, b_pool, indices, scales, ranks, y, add) -> No
 
 
 @jit
-def _tile_of(segments, count, tile, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
-    """(segment, first row, end) of a tile, where each segment has as many tiles as it needs; (count, ..) past the last.
-    Every program counts for itself: a few thousand segments cost less than a kernel that would write a list."""
+def tiles_of(segments, indices, count, adapter, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """After each segment, how many tiles there are, where each has as many as it needs; if an adapter is given, those
+    of others have none. Every program counts for itself: a few thousand segments cost less than a kernel that would
+    write a list."""
     s = tl.arange(0, SEGMENTS)
     begin = tl.load(segments + s, mask=s < count, other=0)
-    end = tl.load(segments + s + 1, mask=s < count, other=0)
-    after = tl.cumsum(tl.cdiv(end - begin, ROWS), 0)
-    past = (after <= tile) & (s < count)
+    tiles = tl.cdiv(tl.load(segments + s + 1, mask=s < count, other=0) - begin, ROWS)
+    if adapter is not None:
+        tiles = tl.where(tl.load(indices + s, mask=s < count, other=-1) == adapter, tiles, 0)
+    return tl.cumsum(tiles, 0)
+
+
+@jit
+def tile_of(segments, after, count, tile, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
+    """(segment, first row, end) of a tile, by what tiles_of found; (count, ..) past the last."""
+    past = (after <= tile) & (tl.arange(0, SEGMENTS) < count)
     segment = tl.sum(past.to(tl.int32), 0)
     before = tl.max(tl.where(past, after, 0), 0)
     first = tl.load(segments + tl.minimum(segment, count - 1)) + (tile - before) * ROWS
@@ -141,7 +148,7 @@ def _tile_of(segments, count, tile, ROWS: tl.constexpr, SEGMENTS: tl.constexpr):
 
 
 @jit
-def _dot_float32(a, b, c):
+def dot_float32(a, b, c):
     """c + a b, of a float32 and a b of 16 bits: a goes into two numbers of 16 bits, so that its first 16 bits or more
     count. A large one that becomes inf as a float16 stays inf."""
     if b.dtype == tl.float32:
@@ -149,19 +156,16 @@ def _dot_float32(a, b, c):
     else:
         high = a.to(b.dtype)
         rest = a - high.to(tl.float32)
-        low = tl.where(tl.abs(a) < 65504.0, rest, 0.0).to(b.dtype)
+        low = tl.where(tl.abs(rest) < float("inf"), rest, 0.0).to(b.dtype)
         c = tl.dot(high, b, tl.dot(low, b, c))
     return c
 
 
 @jit
-def _sum_parts(
-    shrunk, row, here, rows, splits, MOST: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr
-):  # fmt: skip
-    """Rows of x A^T, zeros past the rank."""
-    r = tl.arange(0, RANKS)
+def sum_parts(shrunk, row, r, here, rows, splits, MOST: tl.constexpr):
+    """Rows of x A^T, ranks r of them; zeros past the rank."""
     mask = here[:, None] & (r < MOST)[None, :]
-    between = tl.zeros((ROWS, RANKS), tl.float32)
+    between = tl.zeros((row.shape[0], r.shape[0]), tl.float32)
     for split in range(splits):
         between += tl.load(shrunk + (split * rows + row[:, None]) * MOST + r[None, :], mask=mask, other=0.0)
     return between
@@ -174,11 +178,11 @@ def _shrink(
     INNER: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
     """shrunk[split] (rows, MOST) = x A^T, of `share` columns of x."""
-    segment, first, end = _tile_of(segments, count, tl.program_id(0), ROWS, SEGMENTS)
+    after = tiles_of(segments, indices, count, None, ROWS, SEGMENTS)
+    segment, first, end = tile_of(segments, after, count, tl.program_id(0), ROWS, SEGMENTS)
     adapter = tl.load(indices + tl.minimum(segment, count - 1)).to(tl.int64)
     if (segment < count) & (adapter >= 0):
-        split = tl.program_id(1)
-        rank = _rank_of(ranks, adapter, MOST, RAGGED)
+        split, rank = tl.program_id(1), _rank_of(ranks, adapter, MOST, RAGGED)
         row, r = (first + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, RANKS)
         here, read = row < end, r // GROUP * GROUP < rank
         result = tl.zeros((ROWS, RANKS), tl.float32)
@@ -186,9 +190,8 @@ def _shrink(
         for start in tl.range(split * share, last, INNER, num_stages=3):
             columns = start + tl.arange(0, INNER)
             inside = columns < last
-            given = tl.load(
-                x + row[:, None] * x_row + columns[None, :] * x_column, mask=here[:, None] & inside[None, :], other=0.0
-            )
+            at = row[:, None] * x_row + columns[None, :] * x_column
+            given = tl.load(x + at, mask=here[:, None] & inside[None, :], other=0.0)
             at = _times(adapter, a_pool, GROUP) + r[None, :] * a_rank + _times(columns[:, None], a_column, GROUP)
             weight = tl.load(a + at, mask=inside[:, None] & read[None, :], other=0.0)
             result = tl.dot(given, weight, result, input_precision="ieee")
@@ -201,29 +204,36 @@ def _shrink(
 def _expand(
     shrunk, b, segments, indices, scales, ranks, y, b_pool, b_column, b_rank, y_row, y_column, rows, width, count,
     splits, share, MOST: tl.constexpr, GROUP: tl.constexpr, ADD: tl.constexpr, RAGGED: tl.constexpr,
-    ROWS: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr, SEGMENTS: tl.constexpr,
+    ROWS: tl.constexpr, RANKS: tl.constexpr, STEP: tl.constexpr, INNER: tl.constexpr, SEGMENTS: tl.constexpr,
 ):  # fmt: skip
-    """`share` columns of y of a tile of rows."""
-    segment, first, end = _tile_of(segments, count, tl.program_id(0), ROWS, SEGMENTS)
+    """`share` columns of y of a tile of rows; x A^T stays in registers where STEP is all RANKS."""
+    after = tiles_of(segments, indices, count, None, ROWS, SEGMENTS)
+    segment, first, end = tile_of(segments, after, count, tl.program_id(0), ROWS, SEGMENTS)
     if segment < count:
         adapter = tl.load(indices + segment).to(tl.int64)
-        row, r = (first + tl.arange(0, ROWS)).to(tl.int64), tl.arange(0, RANKS)
+        row = (first + tl.arange(0, ROWS)).to(tl.int64)
         here = row < end
         begin = tl.program_id(1) * share
         last = tl.minimum(begin + share, width)
         if adapter >= 0:
             rank = _rank_of(ranks, adapter, MOST, RAGGED)
-            read = (r // GROUP * GROUP < rank)[:, None]
-            scale = tl.load(scales + adapter)
-            between = _sum_parts(shrunk, row, here, rows, splits, MOST, ROWS, RANKS)
+            if STEP == RANKS:
+                between = sum_parts(shrunk, row, tl.arange(0, RANKS), here, rows, splits, MOST)
             for start in tl.range(begin, last, INNER, num_stages=3):
                 columns = start + tl.arange(0, INNER)
                 inside = columns < last
-                at = _times(adapter, b_pool, GROUP) + _times(columns[None, :], b_column, GROUP) + r[:, None] * b_rank
-                weight = tl.load(b + at, mask=inside[None, :] & read, other=0.0)
-                if GROUP > 1:
-                    weight = tl.where((r < rank)[:, None], weight, tl.zeros_like(weight))
-                result = _dot_float32(between, weight, tl.zeros((ROWS, INNER), tl.float32)) * scale
+                result = tl.zeros((ROWS, INNER), tl.float32)
+                for lowest in tl.static_range(0, RANKS, STEP):
+                    r = lowest + tl.arange(0, STEP)
+                    if STEP < RANKS:
+                        between = sum_parts(shrunk, row, r, here, rows, splits, MOST)
+                    at = _times(adapter, b_pool, GROUP) + _times(columns[None, :], b_column, GROUP)
+                    read = inside[None, :] & (r // GROUP * GROUP < rank)[:, None]
+                    weight = tl.load(b + at + r[:, None] * b_rank, mask=read, other=0.0)
+                    if GROUP > 1:
+                        weight = tl.where((r < rank)[:, None], weight, tl.zeros_like(weight))
+                    result = dot_float32(between, weight, result)
+                result *= tl.load(scales + adapter)
                 to = y + row[:, None] * y_row + columns[None, :] * y_column
                 mask = here[:, None] & inside[None, :]
                 if ADD:
@@ -237,33 +247,7 @@ def _expand(
                 tl.store(to, tl.zeros((ROWS, INNER), y.dtype.element_ty), mask=mask)
 
 
-@jit
-def _outer(
-    shrunk, x, segments, indices, scales, grad, x_row, x_column, g_pool, g_rank, g_column, rows, width, count, splits,
-    MOST: tl.constexpr, ROWS: tl.constexpr, RANKS: tl.constexpr, INNER: tl.constexpr,
-):  # fmt: skip
-    """grad[adapter] (MOST, width) = scale * shrunk^T x over all its rows, segment after segment: the gradient of A of x
-    and a shrunk dy, of B of dy and the shrunk x."""
-    adapter = tl.program_id(0).to(tl.int64)
-    r, columns, many = tl.arange(0, RANKS), tl.program_id(1) * INNER + tl.arange(0, INNER), tl.arange(0, ROWS)
-    inside = columns < width
-    result = tl.zeros((RANKS, INNER), tl.float32)
-    for segment in range(count):
-        if tl.load(indices + segment) == adapter:
-            end = tl.load(segments + segment + 1)
-            for first in range(tl.load(segments + segment), end, ROWS):
-                row = (first + many).to(tl.int64)
-                here = row < end
-                between = _sum_parts(shrunk, row, here, rows, splits, MOST, ROWS, RANKS)
-                at = row[:, None] * x_row + columns[None, :] * x_column
-                given = tl.load(x + at, mask=here[:, None] & inside[None, :], other=0.0)
-                result = _dot_float32(tl.trans(between), given, result)
-    to = grad + adapter * g_pool + r[:, None] * g_rank + columns[None, :] * g_column
-    result = (result * tl.load(scales + adapter)).to(grad.dtype.element_ty)
-    tl.store(to, result, mask=(r < MOST)[:, None] & inside[None, :])
-
-
-class _Plan:
+class Plan:
     """How rows are cut: tiles of 64 rows, which wgmma needs, where segments have half of that on average, else of 16.
     As many tiles as there can be: each segment may end with one not full; a program without one does nothing."""
 
@@ -273,10 +257,11 @@ class _Plan:
         # Large ranks have fewer columns: three stages then stay below the 99 KB that a block may have on any GPU from
         # Ampere on, and x A^T, which the expand has in registers, takes 32 of each thread at most.
         self.inner, warps = max(16, INNER[x.element_size()] * 64 // max(64, ranks)), 4 if ranks <= 64 else 8
-        self.tiles = triton.cdiv(x.shape[0], self.rows) + count
-        self.multiprocessors = place.multiprocessors
+        self.tiles, self.multiprocessors = triton.cdiv(x.shape[0], self.rows) + count, place.multiprocessors
+        # Without tensor cores a thread has all ranks of its rows and columns in registers: of float32 32 at a time.
+        self.step = 32 if x.element_size() == 4 and ranks > 64 else ranks
         self.options = {"ROWS": self.rows, "RANKS": ranks, "INNER": self.inner, "num_warps": warps}
-        self.segments = {"SEGMENTS": triton.next_power_of_2(count)}
+        self.options["SEGMENTS"] = triton.next_power_of_2(count)
 
     def parts(self, width: int) -> tuple[int, int]:
         """(parts of `in`, columns of each): about two programs for each multiprocessor, 512 columns or more."""
@@ -285,54 +270,30 @@ class _Plan:
         return triton.cdiv(width, share), share
 
 
-def _run_shrink(plan: _Plan, x: Tensor, weight: Tensor, segments, indices, ranks, dtype) -> Tensor:
+def run_shrink(plan: Plan, x: Tensor, weight: Tensor, segments, indices, ranks, dtype) -> Tensor:
     """weight (adapters, most, width)."""
     (rows, width), most, count = x.shape, weight.shape[1], indices.shape[0]
     splits, share = plan.parts(width)
     shrunk = x.new_empty((splits, rows, most), dtype=dtype)
     _shrink[(plan.tiles, splits)](
         x, weight, segments, indices, ranks, shrunk, *x.stride(), *weight.stride(), rows, width, count, share,
-        MOST=most, GROUP=_group(weight, 2, 1), RAGGED=ranks is not None, **plan.options, **plan.segments,
+        MOST=most, GROUP=_group(weight, 2, 1), RAGGED=ranks is not None, **plan.options,
     )  # fmt: skip
     return shrunk
 
 
-def _run_expand(plan: _Plan, shrunk: Tensor, weight: Tensor, segments, indices, scales, ranks, y, add) -> None:
+def run_expand(plan: Plan, shrunk: Tensor, weight: Tensor, segments, indices, scales, ranks, y, add) -> None:
     """weight (adapters, width, most)."""
     (splits, rows, most), width, share = shrunk.shape, y.shape[1], 512
     _expand[(plan.tiles, triton.cdiv(width, share))](
         shrunk, weight, segments, indices, scales, ranks, y, *weight.stride(), *y.stride(), rows, width,
         indices.shape[0], splits, share, MOST=most, GROUP=_group(weight, 1, 2), ADD=add, RAGGED=ranks is not None,
-        **plan.options, **plan.segments,
+        STEP=plan.step, **plan.options,
     )  # fmt: skip
 
 
 def lora_sgmv(place, *, x, a_pool, b_pool, segments, indices, scales, ranks, y, add) -> None:
     """y (rows, out) is written, or with `add` added to; rows in no segment are left as they are."""
-    plan = _Plan(place, x, indices.shape[0], a_pool.shape[1])
-    shrunk = _run_shrink(plan, x, a_pool, segments, indices, ranks, scales.dtype)
-    _run_expand(plan, shrunk, b_pool, segments, indices, scales, ranks, y, add)
-
-
-def lora_sgmv_backward(
-    place, *, x, a_pool, b_pool, segments, indices, scales, ranks, dy, dx=None, da_pool=None, db_pool=None
-) -> None:
-    """The gradients that are asked for, written. dx = scale * (dy B) A is the forward pass with B and A in turned-round
-    roles. x A^T is computed again for db_pool: it is one reading of x, less than keeping it would be."""
-    plan = _Plan(place, x, indices.shape[0], a_pool.shape[1])
-
-    def outer(shrunk: Tensor, rows: Tensor, grad: Tensor) -> None:
-        (splits, count, most), width = shrunk.shape, rows.shape[1]
-        _outer[(grad.shape[0], triton.cdiv(width, plan.inner))](
-            shrunk, rows, segments, indices, scales, grad, *rows.stride(), *grad.stride(), count, width,
-            indices.shape[0], splits, MOST=most, **plan.options,
-        )  # fmt: skip
-
-    if dx is not None or da_pool is not None:
-        shrunk = _run_shrink(plan, dy, b_pool.mT, segments, indices, ranks, scales.dtype)
-        if dx is not None:
-            _run_expand(plan, shrunk, a_pool.mT, segments, indices, scales, ranks, dx, False)
-        if da_pool is not None:
-            outer(shrunk, x, da_pool)
-    if db_pool is not None:
-        outer(_run_shrink(plan, x, a_pool, segments, indices, ranks, scales.dtype), dy, db_pool.mT)
+    plan = Plan(place, x, indices.shape[0], a_pool.shape[1])
+    shrunk = run_shrink(plan, x, a_pool, segments, indices, ranks, scales.dtype)
+    run_expand(plan, shrunk, b_pool, segments, indices, scales, ranks, y, add)

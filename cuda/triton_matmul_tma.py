@@ -8,6 +8,8 @@ that multiply 64 rows each, as matmul/12_two_consumers.cu does by hand. Then it 
 Refused: addresses and strides that are no multiples of 16 bytes, which TMA cannot describe.
 """
 
+from contextvars import copy_context
+
 import torch
 import triton
 import triton.language as tl
@@ -240,6 +242,10 @@ def launch_persistent_03(place, p: Problem, t: Tiling) -> None:
 def _launch_specialised_03(p: Problem, t: Tiling, grid: tuple[int]) -> None:
     if not specialisable(p):
         raise ValueError(f"tiling {tuple(t)}: expected another, or a product alone in 16 bits with a row-major")
+    copy_context().run(_launch_with_memory, grid, p, t)  # a copy: whoever set an allocator of his own keeps it
+
+
+def _launch_with_memory(grid: tuple[int], p: Problem, t: Tiling) -> None:
     triton.set_allocator(_memory_for_descriptors)
     specialised_03[grid](
         p.a.tensor,

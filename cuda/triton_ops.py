@@ -30,7 +30,7 @@ FILES = {
     "grouped_weights": "triton_grouped",
     "lora_bgmv": "triton_lora",
     "lora_sgmv": "triton_lora",
-    "lora_sgmv_backward": "triton_lora",
+    "lora_sgmv_backward": "triton_lora_gradients",
     "dequantise": "triton_quantised",
     "quantised_multiply": "triton_quantised_matmul",
     "quantised_multiply_transposed": "triton_quantised_matmul",

@@ -133,7 +133,7 @@ def _dequantise(
     packed, scale, zero, scale2, offset, code, table, rows, columns, row_bytes, groups,
     FORMAT: tl.constexpr, BLOCK: tl.constexpr, NESTED: tl.constexpr, w, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
-    tiles = tl.cdiv(columns, WIDTH)
+    tiles = (columns - 1) // WIDTH + 1  # tl.cdiv adds first, and a line of nearly 2^31 numbers would pass 2^31
     row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     first = (tl.program_id(0) % tiles).to(tl.int64) * WIDTH
     tile = tile_of(

@@ -8,6 +8,7 @@ into the table, which is written whole or not at all. Refused: a machine without
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -86,7 +87,16 @@ def attention_of(shape: attention.Shape, backward: bool, device: str) -> Problem
     ours, name = attention.ours(shape, None, None, kernels="triton"), f"attention {shape}"
     if not backward:
         return Problem(f"{name}, forward", lambda: ours(*inputs[:3]), lambda: torchs(*inputs[:3]))
-    return Problem(f"{name}, backward", attention.backward_of(ours, inputs), attention.backward_of(torchs, inputs))
+    reference = attention.backward_of(torchs, inputs)
+    try:
+        launch = attention.backward_of(ours, inputs)
+    except Exception as error:  # of the forward pass, which runs here: only this problem is lost
+        launch = partial(fail, error)
+    return Problem(f"{name}, backward", launch, reference)
+
+
+def fail(error: Exception) -> None:
+    raise error
 
 
 def sweep(
@@ -98,8 +108,11 @@ def sweep(
         if not budget.allows(problem.name, GUESS_S):
             continue
         with triton_tilings.asked() as questions:
-            problem.launch()
-        expected = problem.reference()
+            try:
+                problem.launch()
+            except Exception as error:  # the first guess: what was asked until then can be measured
+                note(failures, f"{problem.name}: {type(error).__name__}: {error}")
+        expected = problem.reference() if questions else None
         for question, candidates in questions.items():
             found = measure(problem, question, candidates, expected, rounds=rounds, failures=failures, device=device)
             if found:
@@ -107,6 +120,11 @@ def sweep(
                 print(f"{problem.name}: {question[0]} {best['tiling']} {best['us']:.1f} us of {len(found)}", flush=True)
             rows += found
     return rows
+
+
+def note(failures: list[str], what: str) -> None:
+    failures.append(what)
+    print(f"FAILED, not timed: {what}", flush=True)
 
 
 def measure(
@@ -130,8 +148,7 @@ def measure(
             if not timing.close(TOLERANCE)({"ours": run(), "torch": expected}):
                 raise ValueError(f"the result is off by more than {TOLERANCE} of the largest element")
         except Exception as error:  # whatever a compiler or a driver may raise: the others are measured
-            failures.append(f"{problem.name}: {question[0]} {tuple(tiling)}: {type(error).__name__}: {error}")
-            print(f"FAILED, not timed: {failures[-1]}", flush=True)
+            note(failures, f"{problem.name}: {question[0]} {tuple(tiling)}: {type(error).__name__}: {error}")
         else:
             functions[tiling] = run
     if not functions:

@@ -3,10 +3,11 @@
 A configuration calls a public function under `compiling(90)`, with tensors that nothing reads. Each compilation starts
 with an empty cache; Triton itself says how long its stages took, cuobjdump what came out. Beside it stands how long
 nvcc took for the same operation in CUDA C++, as Ninja logged it: one file there holds all types and sizes at once, and
-those of fused/ are made for two kinds of GPU.
+those of fused/ are made for two kinds of GPU. And how many lines of code both are (code_lines.py).
 Refused: a configuration that compiles nothing.
 """
 
+import inspect
 import re
 import subprocess
 import tempfile
@@ -20,7 +21,8 @@ import triton
 from torch import Tensor
 
 from cuda import ops, optim
-from cuda.triton_compat import compiling
+from cuda.measure.code_lines import ROOM, lines_of
+from cuda.triton_compat import Compiled, compiling
 
 BF16 = torch.bfloat16
 USAGE = re.compile(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)")
@@ -64,6 +66,8 @@ def configurations() -> Iterator[Configuration]:
     yield from _attention()
     yield from _rows()
     yield from _training()
+    yield from _quantised()
+    yield from _adapters()
 
 
 def _products() -> Iterator[Configuration]:
@@ -86,7 +90,12 @@ def _products() -> Iterator[Configuration]:
         ends = torch.arange(1, 9, dtype=torch.int32) * 1024
         return ops.grouped_matmul(zeros(8192, 2048), zeros(8, 4096, 2048).mT, ends)
 
+    x, w = zeros(4096, 4096, grad=True), zeros(4096, 4096)
     yield Configuration("fp8_matmul", "4096", "", fp8)
+    yield Configuration(
+        "quantize_fp8", "4096, a scale each row", "", lambda: ops.quantize_fp8(x.detach(), scaling="row")
+    )
+    yield Configuration("fp8_linear", "4096", "", lambda: ops.fp8_linear(x, w).backward(w))
     yield Configuration("grouped_matmul", "8 experts, 8192x4096x2048", "", grouped)
 
 
@@ -121,6 +130,8 @@ def _rows() -> Iterator[Configuration]:
     yield Configuration("rms_norm", "2048 wide", "fused/norm.cu", lambda: both(ops.rms_norm, x, gain))
     yield Configuration("layer_norm", "2048 wide", "fused/norm.cu", lambda: both(ops.layer_norm, x, gain, gain))
     yield Configuration("swiglu", "2048 wide", "fused/activation.cu", lambda: both(ops.swiglu, x, x))
+    yield Configuration("gelu", "2048 wide", "fused/activation.cu", lambda: both(ops.gelu, x))
+    yield Configuration("relu2", "2048 wide", "fused/activation.cu", lambda: both(ops.relu2, x))
     yield Configuration("softmax", "2048 wide", "fused/softmax.cu", lambda: both(ops.softmax, x))
     q, turn = zeros(1, 64, 16, 128).transpose(1, 2), zeros(64, 128)
     yield Configuration("rotary", "128 wide", "fused/rotary.cu", lambda: both(ops.rotary, q, cos=turn, sin=turn))
@@ -150,6 +161,45 @@ def _training() -> Iterator[Configuration]:
 
     yield Configuration("adamw", "float32", "fused/adamw.cu", step)
 
+    def clip() -> None:
+        p = zeros(1024, dtype=torch.float32, grad=True)
+        p.grad = torch.zeros_like(p)
+        optim.clip_grad_norm_([p], 1.0, kernels="triton")
+
+    yield Configuration("clip_grad_norm_", "float32", "fused/grad_norm.cu", clip)
+
+
+def _quantised() -> Iterator[Configuration]:
+    """Of a matrix of 4096 x 4096: a row of x, as in decoding, 64, and so many that it is unpacked first."""
+    packed, absmax = zeros(4096 * 2048, dtype=torch.uint8), zeros(4096 * 64, dtype=torch.float32)
+    nf4 = packed, absmax, (4096, 4096)
+    int4, int8 = zeros(4096, 2048, dtype=torch.uint8), zeros(4096, 4096, dtype=torch.int8)
+    scales, each = zeros(4096, 32), zeros(4096, dtype=torch.float32)
+
+    def trained() -> None:
+        x = zeros(64, 4096, grad=True)
+        ops.nf4_matmul(x, *nf4).backward(zeros(64, 4096))
+
+    yield Configuration("dequantize_nf4", "4096", "", lambda: ops.dequantize_nf4(*nf4, BF16))
+    yield Configuration("nf4_matmul", "a row", "", lambda: ops.nf4_matmul(zeros(1, 4096), *nf4))
+    yield Configuration("nf4_matmul", "64 rows, and dx", "", trained)
+    yield Configuration("nf4_matmul", "4096 rows", "", lambda: ops.nf4_matmul(zeros(4096, 4096), *nf4))
+    yield Configuration("int4_matmul", "64 rows", "", lambda: ops.int4_matmul(zeros(64, 4096), int4, scales))
+    yield Configuration("int8_matmul", "64 rows", "", lambda: ops.int8_matmul(zeros(64, 4096), int8, each))
+
+
+def _adapters() -> Iterator[Configuration]:
+    """Eight adapters of rank 16."""
+    x, a, b, scales = zeros(4096, 2048), zeros(8, 16, 2048), zeros(8, 2048, 16), torch.ones(8)
+    ids, starts = torch.arange(8, dtype=torch.int32), torch.arange(9, dtype=torch.int32) * 512
+
+    def trained() -> None:
+        leaves = [t.detach().requires_grad_() for t in (x, a, b)]
+        torch.autograd.grad(ops.lora_sgmv(*leaves, starts, ids, scales), leaves, x)
+
+    yield Configuration("lora_bgmv", "8 rows", "", lambda: ops.lora_bgmv(x[:8], a, b, ids, scales))
+    yield Configuration("lora_sgmv", "4096 rows, gradients", "", trained)
+
 
 # ---- what came out ---------------------------------------------------------------------------------------------------
 
@@ -177,9 +227,18 @@ def compile_all(one: Configuration, capability: int = 90) -> list[dict[str, Any]
                 | {"warps": compiled.kernel.metadata.num_warps, "shared": compiled.kernel.metadata.shared}
                 | code_of(compiled.kernel.asm["cubin"])
             )
+    lines = {"triton_lines": lines_of(set(map(file_of, found)))}
+    if one.source:
+        lines["cuda_lines"] = lines_of([one.source])
     if not rows:
         raise ValueError(f"{one.operation}, {one.what}: expected a kernel to be compiled, none was")
-    return list(rows.values())
+    return [row | lines for row in rows.values()]
+
+
+def file_of(compiled: Compiled) -> str:
+    """Of a kernel, below cuda/."""
+    file = Path(inspect.getfile(compiled.kernel.src.fn.fn)).resolve()
+    return str(file.relative_to(ROOM)) if file.is_relative_to(ROOM) else str(file)
 
 
 def seconds_of(times: Any) -> dict[str, float]:

@@ -5,6 +5,7 @@ ahead of their use, no spills.
 """
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -17,6 +18,7 @@ from cuda.decode_ops import attention_decode
 from cuda.device import TritonPlace
 from cuda.paged_cache import PagedCache
 from cuda.triton_compat import compiling
+from cuda.triton_tilings import SHARED
 from tests.cuda import sass
 from tests.cuda import test_attention_decode as cuda_tests
 from tests.cuda.attention_cases import EVERYTHING, ROUNDING, error
@@ -161,6 +163,37 @@ def test_refuses_other_kernels_and_other_types():
         changed_call(kernels="no")()
     with pytest.raises(ValueError, match=r"q is torch.float64: expected one of \(torch.float32"):
         changed_call(kernels="triton", q=lambda x: x.double())()
+
+
+def test_a_cache_with_heads_outermost_may_pass_2_to_the_31():
+    """From one head to the next, or one slot, is a product of 64 bits: in code, for such a cache has gigabytes."""
+    q, lengths = torch.zeros(1, 4, 1, 64, dtype=torch.bfloat16), torch.ones(1, dtype=torch.int32)
+    cache = torch.zeros(4, 2, 17, 64, dtype=torch.bfloat16)[:, :, :16].permute(1, 2, 0, 3)
+    with compiling(90) as found:
+        attention_decode(q, cache, cache, torch.zeros(1, 1, dtype=torch.int32), lengths, kernels="triton")
+    lines = [x.split(" loc(")[0].rstrip() for x in found[0].kernel.asm["ttir"].splitlines() if "arith.muli" in x]
+    assert lines and not [x for x in lines if re.search("%[kv]_(head|slot)", x) and not x.endswith("i64")]
+    assert not [x for x in lines if re.search("%[kv]_(head|slot)", x) and "i64" not in x]
+
+
+def test_a_batch_larger_than_a_grid_is_deep():
+    """Of x alone a grid may have more than 65535."""
+    q, cache = torch.zeros(65537, 1, 1, 64, dtype=torch.bfloat16), torch.zeros(1, 16, 1, 64, dtype=torch.bfloat16)
+    table, lengths = torch.zeros(65537, 1, dtype=torch.int32), torch.ones(65537, dtype=torch.int32)
+    with compiling(90) as found:
+        attention_decode(q, cache, cache, table, lengths, kernels="triton")
+    assert max(found[0].grid[1:], default=1) <= 65535 and math.prod(found[0].grid) == 65537
+
+
+def test_tiles_fit_into_the_shared_memory_of_older_gpus():
+    for dtype, head_dim in ((torch.bfloat16, 256), (torch.float32, 256)):
+        cache = PagedCache(2, 64, kv_heads=1, head_dim=head_dim, dtype=dtype)
+        q = torch.zeros(1, 8, 8, head_dim, dtype=dtype)
+        with compiling(80) as found:
+            attention_decode(
+                q, cache.k, cache.v, torch.zeros(1, 2, dtype=torch.int32), torch.ones(1).int(), kernels="triton"
+            )
+        assert found[0].kernel.metadata.shared <= SHARED["sm_80"]
 
 
 # ---- machine code ----------------------------------------------------------------------------------------------------

@@ -375,6 +375,18 @@ def test_product_in_machine_code(tmp_path, types, promotion):
     assert kernel.count("UTMALDG") and kernel.count(r"STG\.E\.128")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_grid_of_many_columns(transposed):
+    """Its second dimension may be 65,535 at the most; columns may be more blocks than that."""
+    x = torch.empty(2, 2**26, dtype=torch.bfloat16, device="meta")
+    shape = (x.shape[1], 16) if transposed else x.shape
+    y, scale = torch.empty(shape, dtype=E4M3, device="meta"), torch.empty((), device="meta")
+    with compiling(90) as found:
+        place = device_of.place(x.device, kernels="triton")
+        place.run("quantize_fp8", x=x, y=y, scale=scale, per_row=False, transposed=transposed)
+    assert [one.grid for one in found] == [(x.shape[1] // (64 if transposed else 512), 1)] * 2
+
+
 @needs_tools
 def test_quantize_in_machine_code(tmp_path):
     x = torch.empty(256, 768, dtype=torch.bfloat16)

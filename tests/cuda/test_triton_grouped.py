@@ -146,6 +146,22 @@ def test_nothing_is_written_outside():
     only_written(wide, wide[1:3, 2:14, 1:6])
 
 
+def test_ends_that_nobody_looked_at():
+    """On a GPU they may fall or lie outside: nothing is written outside, and every row once."""
+    x, y, weights = normal(7, 12), torch.zeros(7, 8)[:, :5], torch.zeros(4, 12, 8)[:, :, :5]
+    weights.copy_(normal(4, 12, 5)), y.copy_(normal(7, 5))
+    place, wide = device_of.place(x.device, kernels="triton"), torch.full((60, 9), 5.0)
+    ends = torch.tensor([-25, 6, 2, 50], dtype=torch.int32)
+    place.run("grouped_matmul", x=x, weights=weights, ends=ends, d=wide[30:37, 1:6])
+    only_written(wide, wide[30:37, 1:6])
+    torch.testing.assert_close(wide[30:37, 1:6], torch.cat([x[:6] @ weights[1], x[6:] @ weights[3]]))
+    wide = torch.full((8, 16, 9), 5.0)
+    ends[0] = -(2**31)  # the rows from there on are no number of 32 bits
+    place.run("grouped_weights", x=x, y=y, ends=ends, d=wide[2:6, 2:14, 1:6])
+    only_written(wide, wide[2:6, 2:14, 1:6])
+    torch.testing.assert_close(wide[3, 2:14, 1:6], x[:6].mT @ y[:6])
+
+
 def test_empty():
     for rows, k, n in ((0, 8, 8), (5, 0, 8), (5, 8, 0)):
         x, weights = normal(rows, k, grad=True), normal(2, k, n, grad=True)

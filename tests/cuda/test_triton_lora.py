@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton", reason="pip install triton")
 
-from cuda import lora_ops, triton_lora
+from cuda import lora_ops, triton_lora, triton_lora_gradients
 from cuda.lora_ops import lora_bgmv, lora_sgmv
 from cuda.triton_compat import compiling
 from tests.cuda import sass
@@ -102,6 +102,9 @@ BATCHES = {
     "full ranks": Batch(ranks=(16,) * 5, most=16, width=1024, out=256),
     "rank 64": Batch(ranks=(64, 40, 3, 1, 64), most=64, width=129, out=70),
     "rank 200": Batch(segments=((0, 40), (1, 2)), ranks=(200, 77), most=200, width=90, out=70),
+    "rank 100, float32": Batch(
+        segments=((0, 4), (1, 2)), ranks=(100, 77), most=100, width=9, out=7, dtype=torch.float32
+    ),
 }
 TILES = Batch(segments=((1, 3), (-1, 5), (0, 130)), width=150, out=140)  # segments long enough for tiles of 64 rows
 CASES = {
@@ -194,6 +197,16 @@ def test_what_lies_between_is_not_rounded():
     close(bgmv(a), wanted(a))
 
 
+def test_what_lies_between_may_be_large():
+    """And still cancel: bfloat16 goes to 3e38, where float16 would be infinite."""
+    a = Batch(segments=((0, 2),), width=64, out=8, ranks=(16,), most=16, dtype=torch.bfloat16).arrays()
+    a["b_pool"][0, :, 1], a["a_pool"][0, 1] = -a["b_pool"][0, :, 0], a["a_pool"][0, 0]
+    a["a_pool"][0, 1, 0] += 2.0**-6
+    a["x"] *= 1e6
+    for operation in OPERATIONS.values():
+        close(operation(a), wanted(a))
+
+
 # ---- gradients -------------------------------------------------------------------------------------------------------
 
 
@@ -230,6 +243,43 @@ def test_gradients_come_alone_and_with_the_same_bits():
     together = gradients("x", "a_pool", "b_pool")
     for i, name in enumerate(("x", "a_pool", "b_pool")):
         assert torch.equal(gradients(name)[0], together[i])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_gradients_of_many_rows_are_summed_in_parts(device, monkeypatch):
+    """Of adapter 2 in three segments; with more multiprocessors than tiles of the gradient, and with fewer."""
+    batch = Batch(segments=((2, 70), (0, 3), (2, 1), (-1, 66), (2, 380)), width=40, out=30, ranks=(8, 8, 5), most=8)
+    a = replace(batch, padding=0.0, dtype=torch.float32, device=device).arrays()
+    dy = torch.randn(a["y"].shape, generator=torch.Generator().manual_seed(1)).to(device)
+    given = (a["segments"], a["of_segments"], a["scales"], a["ranks"])
+    parts, run = [], triton_lora_gradients._outer.run
+    monkeypatch.setattr(
+        triton_lora_gradients._outer,
+        "run",
+        lambda *x, grid, **more: parts.append(grid[2]) or run(*x, grid=grid, **more),
+    )
+    exact = [a[n].double().requires_grad_() for n in ("x", "a_pool", "b_pool")]
+    want = torch.autograd.grad(definition(*exact, a["indices"], a["scales"].double()), exact, dy.double())
+    want[1][2, 5:], want[2][2, :, 5:] = 0.0, 0.0
+    for multiprocessors in (1, 30):
+
+        class Plan(triton_lora.Plan):
+            def __init__(self, *arguments):
+                super().__init__(*arguments)
+                self.multiprocessors = multiprocessors  # noqa: B023
+
+        monkeypatch.setattr(triton_lora_gradients, "Plan", Plan)
+        leaves = [a[n].clone().requires_grad_() for n in ("x", "a_pool", "b_pool")]
+        for mine, wish in zip(torch.autograd.grad(lora_sgmv(*leaves, *given), leaves, dy), want, strict=True):
+            close(mine, wish)
+    assert parts[:2] == [1, 1] and min(parts[2:]) > 1
+
+
+def test_the_reference_of_gradients_is_the_definition():
+    x, a, b, dy = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((5, 7), (3, 7), (4, 3), (5, 4)))
+    want = torch.autograd.grad(0.5 * (x @ a.T) @ b.T, (x, a, b), dy)
+    for got, wish in zip(triton_lora_gradients.reference(dy, x, a, b, 0.5), want, strict=True):
+        torch.testing.assert_close(got, wish)
 
 
 def test_gradients_of_nothing():
@@ -360,9 +410,21 @@ MACHINE_CODE = {
     "gradients": (
         lambda y: lora_ops._sgmv_backward(y, *zeros(512, 512, 1024, 16, 4), [True] * 3),
         512,
-        ["HGMMA", "HGMMA", r"HMMA\.16816", "HGMMA", r"HMMA\.16816"],
+        ["HGMMA", "HGMMA", r"HMMA\.16816", "FADD", "HGMMA", r"HMMA\.16816", "FADD"],
     ),
 }
+
+
+@pytest.mark.skipif(bool(sass.missing("cuobjdump", "nvdisasm")), reason="no cuobjdump and nvdisasm")
+def test_large_ranks_in_float32_do_not_spill(tmp_path):
+    x, a, b = (torch.zeros(s) for s in ((64, 512), (1, 256, 512), (1, 512, 256)))
+    starts, ids = torch.tensor([0, 64], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    with compiling(90) as found:
+        lora_sgmv(x, a, b, starts, ids, torch.ones(1))
+    for name, _, kernel in found:
+        (tmp_path / name).write_bytes(kernel.asm["cubin"])
+        (code,) = sass.disassemble(tmp_path / name, sass.kernels(tmp_path / name))
+        assert not sass.memory_faults(code), name
 
 
 @pytest.mark.skipif(bool(sass.missing("cuobjdump", "nvdisasm")), reason="no cuobjdump and nvdisasm")

@@ -2,6 +2,9 @@
 
 import math
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +22,7 @@ from cuda.triton_tilings import SHARED, Tiling
 from tests.cuda import sass
 from tests.cuda.products import DEVICES, TOLERANCE, check, normal, reference
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Tiling(16, 32, 16, 4, 2)  # so that a small product has many tiles
 WIDE = Tiling(128, 256, 64, 8, 4)
 
@@ -75,6 +79,16 @@ def test_many_tiles_in_every_layout(device, step, transposed):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("b_transposed", [False, True])
 def test_specialised_warps(device, b_transposed):
+    """On a GPU in a process of its own: warp groups that wait for each other could wait for ever."""
+    if device == "cpu":
+        specialised_warps(device, b_transposed)
+        return
+    code = f"from tests.cuda import test_triton_matmul as t; t.specialised_warps({device!r}, {b_transposed})"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def specialised_warps(device, b_transposed):
     a, b = (normal(*s, dtype=torch.bfloat16, device=device) for s in ((150, 72), (72, 264)))
     b = b.mT.contiguous().mT if b_transposed else b
     bias = normal(264, dtype=torch.bfloat16, device=device)
@@ -202,6 +216,23 @@ def test_opcheck(device):
     bias = normal(6, dtype=torch.bfloat16, device=device, grad=True)
     given = (a, b, None, bias, 0.5, 0.0, "swiglu", torch.float32, None, "triton")
     assert set(torch.library.opcheck(matmul_ops._matmul, given).values()) == {"SUCCESS"}
+
+
+def test_torch_compile_takes_it_whole():
+    """Shapes and types of all that happens are known without running it: no break in the graph."""
+
+    def block(x, up, down, gain):
+        h = ops.rms_norm(x, gain, kernels="triton")
+        h = ops.matmul(h, up.mT, activation="swiglu", kernels="triton")
+        return ops.matmul(h, down.mT, kernels="triton").square().mean()
+
+    given = [normal(*s, grad=True) for s in ((6, 16), (24, 16), (16, 12), (16,))]
+    results = []
+    for function in (block, torch.compile(block, backend="aot_eager", fullgraph=True)):
+        value = function(*given)
+        results.append((value, *torch.autograd.grad(value, given)))
+    for ours, theirs in zip(*results, strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_linear_equals_torchs():

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="the kernels are in Triton")
 from scipy.stats import norm
 
 from cuda import quantised_ops as ops
+from cuda import triton_parts, triton_quantised_matmul
 from cuda.triton_compat import compiling
 from cuda.triton_quantised import reference
 from tests.cuda import sass
@@ -244,6 +245,72 @@ def test_operands_that_are_not_contiguous(device):
     close(x.grad, w.double().sum(0).expand(9, 128), x.grad)
 
 
+@pytest.mark.filterwarnings("ignore:.*deterministic")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(20, 1100), (1100, 20)])
+def test_sums_in_parts(device, shape, monkeypatch):
+    """W in parts of its columns in products, and of its rows in gradients; nothing is read that was not written."""
+    parts = []
+
+    def counted(place, m, n, k, tiling, _rule=triton_quantised_matmul._parts):
+        parts.append(_rule(place, m, n, k, tiling)[0])
+        return _rule(place, m, n, k, tiling)
+
+    monkeypatch.setattr(triton_quantised_matmul, "_parts", counted)
+    quantised, w = int8(shape, device)
+    w = w / 64
+    quantised = quantised[0], quantised[1] / 64
+    x = normal(9, shape[1], dtype=torch.bfloat16, device=device, grad=True)
+    bias = normal(shape[0], dtype=torch.bfloat16, device=device, grad=True)
+    # Memory that was not written is then NaN; cuBLAS, which the definition takes on a GPU, may only warn.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        both(lambda x, bias: ops.int8_matmul(x, *quantised, bias=bias), x, w, bias)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if device == "cpu":
+        assert sorted(parts) == [1, 2]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("shape", [(24, 128), (7, 127)])
+def test_hundreds_of_rows_unpack_the_matrix_once(device, shape, monkeypatch):
+    monkeypatch.setattr(triton_quantised_matmul, "MANY", 2)
+    quantised, keywords, w = nf4(shape, True, device=device)
+    for dtype in DTYPES:
+        x, bias = (normal(*s, dtype=dtype, device=device, grad=True) for s in ((3, shape[1]), (shape[0],)))
+        both(lambda x, bias: ops.nf4_matmul(x, *quantised, shape, bias=bias, **keywords), x, w, bias)
+    same = normal(shape[1], device=device).expand(5, shape[1]).requires_grad_()
+    y = ops.nf4_matmul(same, *quantised, shape, **keywords)
+    close(y, same.detach().double() @ w.double().T, y)
+    close(torch.autograd.grad(y.sum(), same)[0], w.double().sum(0).expand(5, shape[1]), same)  # rows that overlap
+
+
+def test_the_reference_of_parts_is_what_is_added():
+    parts, bias = torch.randn(3, 5, 700), torch.randn(700)
+    for given in ((), (bias,)):
+        y = torch.empty(5, 700)
+        triton_parts.add(parts, y, *given)
+        torch.testing.assert_close(y, triton_parts.reference(parts, *given))
+
+
+def test_from_how_many_rows_on_it_is_unpacked():
+    for rows, names in ((640, {"_multiply"}), (641, {"_dequantise", "persistent_03", "descriptor_02"})):
+        with compiling(90) as found:
+            ops.nf4_matmul(meta(rows, SIZE), *NF4, (SIZE, SIZE))
+        assert {x.name for x in found} <= names | {"_add"} and found[0].name in ("_multiply", "_dequantise")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("m", [2, 12])
+def test_a_bias_of_any_stride(device, m):
+    quantised, w = int8((6, 64), device)
+    x = normal(m, 64, device=device)
+    for bias in (normal(12, device=device)[::2], normal(1, device=device).expand(6)):
+        y = ops.int8_matmul(x, *quantised, bias=bias)
+        close(y, x.double() @ w.double().T + bias, y)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_empty(device):
     quantised, keywords, w = nf4((6, 64), device=device)
@@ -356,13 +423,13 @@ def meta(*shape, dtype=torch.bfloat16):
 
 
 def machine_code(product, folder):
-    """Of the only kernel of a product. Nothing may lie in local memory."""
+    """Of the first kernel of a product; another one may add up parts. Nothing may lie in local memory."""
     if reason := sass.missing("cuobjdump", "nvdisasm"):
         pytest.skip(reason)
     with compiling(90) as found:
         product()
     file = folder / "kernel.cubin"
-    (launch,) = found
+    launch = found[0]
     file.write_bytes(launch.kernel.asm["cubin"])
     (kernel,) = sass.disassemble(file, sass.kernels(file))
     assert not sass.memory_faults(kernel)

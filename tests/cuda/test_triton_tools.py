@@ -16,10 +16,20 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 import triton
 import triton.language as tl
+from triton.runtime.errors import OutOfResources
 
 from common import timing
-from cuda import bench_attention, bench_fused, bench_matmul, bench_triton, triton_compat, triton_tilings, tune_triton
-from cuda.measure import attention, fused, ladder, products, triton_compiled
+from cuda import (
+    bench_attention,
+    bench_fused,
+    bench_matmul,
+    bench_triton,
+    ops,
+    triton_compat,
+    triton_tilings,
+    tune_triton,
+)
+from cuda.measure import attention, code_lines, fused, ladder, products, triton_compiled
 from cuda.measure.ladder import Budget
 from cuda.measure.products import Competitor
 from cuda.measure.triton_compiled import Configuration
@@ -86,6 +96,31 @@ def test_a_row_for_each_kernel_says_what_the_compiler_made():
     assert second["loads_128"] == second["loads"] == 64 and second["instructions"] > 500
     assert triton.knobs.cache.dir == folder and triton.knobs.compilation.listener is None
     assert triton_compat.capability() is None
+
+
+def test_lines_of_code():
+    python = (
+        '"""What it is\nand does."""\n\nimport re  # x\n\n# why\nx = 1\n\n\ndef f():\n    """One."""\n    return "#"\n'
+    )
+    assert code_lines.count(python, "x.py") == 4
+    assert code_lines.count("// what\n#include <x>\n/* a\nb */\nint x;  // y\n\n", "x.cu") == 2
+    # what is imported or included counts, once, and what all share does not
+    own, theirs = (code_lines.count((ROOT / "cuda" / x).read_text(), x) for x in ("triton_norm.py", "triton_rows.py"))
+    assert (
+        code_lines.lines_of(["triton_norm.py"])
+        == code_lines.lines_of(["triton_norm.py", "triton_rows.py"])
+        == own + theirs
+    )
+    own, theirs = (code_lines.count((ROOT / "cuda" / x).read_text(), x) for x in ("fused/norm.cu", "fused/rows.cuh"))
+    assert code_lines.lines_of(["fused/norm.cu"]) == own + theirs > 100
+
+
+def test_every_operation_of_triton_is_among_the_configurations():
+    """Of those that compute: softcap and the like are options of these."""
+    covered = {one.operation for one in triton_compiled.configurations()}
+    alike = {"causal_attention", "cross_entropy_", "linear_cross_entropy", "dequantize_int4", "dequantize_int8"}
+    functions = {name for name in ops.__all__ if name.islower()}
+    assert functions - alike <= covered
 
 
 def test_a_configuration_that_compiles_nothing_is_refused():
@@ -191,6 +226,30 @@ def test_the_triton_tuner_times_what_is_right(capsys):
     assert all(one == CANDIDATES[0] or two == CANDIDATES[0] for one, two in calls)  # one question at a time
     short = Budget(1e-9)
     assert tune_triton.sweep([toy()], short, rounds=1, failures=[], device="cpu") == [] and short.skipped == ["toy"]
+
+
+def test_a_problem_that_does_not_run_costs_the_triton_tuner_no_other(monkeypatch):
+    """The first guess is out of resources; so is, for a backward pass, the forward pass before it."""
+    good = toy("good")
+    question = ("toy", "sm_90", "bfloat16", 64)
+
+    def launch():
+        first = triton_tilings.choose(*question[:2], question[2:], CANDIDATES[::-1])
+        if first.block_m == 2:
+            raise OutOfResources(300_000, 232_448, "shared memory")
+        return torch.full((4,), torch.nan if first.block_m == 1 else 2.0)
+
+    def fails(*_, **__):
+        raise OutOfResources(2048, 1024, "threads")
+
+    monkeypatch.setattr(attention, "ours", lambda *_, **__: fails)
+    backward = tune_triton.attention_of(attention.Shape(64, 8, True, 1, 1), True, "cpu")
+    some = [good._replace(name="bad", launch=launch), backward, good]
+    failures: list[str] = []
+    rows = tune_triton.sweep(some, Budget(1e6), rounds=1, failures=failures, device="cpu")
+    assert [row["problem"] for row in rows] == ["bad"] * 2 + ["good"] * 4
+    assert failures[0].startswith("bad: OutOfResources: out of resource: shared memory")
+    assert [failure.partition(":")[0] for failure in failures] == ["bad"] * 3 + [backward.name] + ["good"] * 2
 
 
 def tuned(question, tiling, us, of_fastest, problem="p"):
@@ -316,6 +375,9 @@ def test_a_case_that_triton_cannot_compile_costs_the_others_nothing(capsys):
         fused.Case("double", (x,), lambda x, **k: 2 * x, lambda x: x + x, 64), config, 1e9, [], "cpu"
     )
     assert [row["by"] for row in whole] == ["ours", "triton", "torch"] and "of_best_peer" in whole[1]
+    wrong = fused.Case("double", (x,), lambda x, kernels="": 3 * x if kernels else 2 * x, lambda x: x + x, 64)
+    assert [row["by"] for row in bench_fused.measure(wrong, config, 1e9, failures, "cpu")] == ["ours", "torch"]
+    assert failures.pop() == "double, triton: ValueError: the result is far from torch's"
     without = bench_fused.BenchConfig(compile=False, rounds=1, triton=False)
     assert list(bench_fused.competitors(case, without, failures)) == ["ours", "torch"] and len(failures) == 1
 
@@ -343,6 +405,40 @@ def test_attention_in_triton_is_drawn_and_is_no_peer(tmp_path, monkeypatch):
     assert bench_attention.draw(run.rows, 64, "forward", tmp_path / "a.png")
     with pytest.raises(ValueError, match="triton '65': expected some of"):
         bench_attention.BenchConfig(triton="65")
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("how", ["raises", "is wrong", "is right"])
+def test_attention_that_triton_cannot_do_costs_the_others_nothing(how, backward, monkeypatch, tmp_path):
+    def ours(shape, step, backward_step, kernels="cuda"):
+        def run(q, k, v):
+            if kernels == "triton" and how == "raises":
+                raise OutOfResources(300_000, 232_448, "shared memory")
+            return q * k * v * (3 if kernels == "triton" and how == "is wrong" else 1)
+
+        return run
+
+    compare, operands = timing.compare, attention.operands
+    monkeypatch.setattr(attention, "ours", ours)
+    monkeypatch.setattr(attention, "operands", lambda shape, device: operands(shape, "cpu"))
+    monkeypatch.setattr(attention, "peers", lambda *_: {"peer": lambda q, k, v: q * k * v})
+    monkeypatch.setattr(timing, "compare", lambda *a, **k: compare(*a, **k | {"device": "cpu"}))
+    config = bench_attention.BenchConfig(rounds=1, forward="9", backward="5", triton="64", out=tmp_path)
+    run = bench_attention.Run(config, Budget(1e6))
+    run.measure(attention.Shape(64, 8, True, 1, 1), backward)
+    ours_of_cuda = "best_05" if backward else "best_09"
+    wanted = [ours_of_cuda, "triton", "peer"] if how == "is right" else [ours_of_cuda, "peer"]
+    assert [row["step"] for row in run.rows] == wanted and len(run.failures) == (how != "is right")
+
+
+def test_a_missing_triton_costs_the_matmul_benchmark_one_row(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(products.device, "place", lambda *_, **__: 1 / 0)
+    operands, failures = products.Operands(products.Shape(16, 16, 16), torch.bfloat16, 1, "cpu"), []
+    good = ladder.sound(
+        [products.triton_product(torch.bfloat16), products.torch_product(torch.bfloat16)], operands, failures
+    )
+    assert [one.name for one in good] == ["cuBLAS"] and failures == ["triton at 16: division by zero"]
 
 
 def test_triton_is_no_peer_of_the_matmul_benchmark(monkeypatch):

@@ -497,6 +497,33 @@ def test_clipping_within_the_step():
     assert optim.clip_grad_norm_([], 1.0, **TRITON) == 0
 
 
+@pytest.mark.parametrize("factor", [torch.ones(2), torch.ones((), dtype=torch.bfloat16), torch.ones((), device="meta")])
+def test_a_factor_that_the_kernel_would_misread(factor):
+    p = torch.zeros(3, requires_grad=True)
+    p.grad = torch.ones(3)
+    with pytest.raises(ValueError, match=r"factor is .*: expected a torch.float32 of shape \(\) on cpu"):
+        optim.AdamW([p], lr=0.1, **TRITON).step(factor=factor)
+    assert (p == 0).all()
+
+
+@pytest.mark.parametrize("kernels", ["triton", "cuda"])
+def test_two_devices(kernels):
+    """Of two GPUs a kernel would read whatever lies at that address of its own."""
+    x, words, targets = normal(4, 8), normal(5, 8), torch.zeros(4, dtype=torch.int64)
+    away, options = targets.to("meta"), {"kernels": kernels}
+    for name, function, given in (
+        ("targets", loss_ops.cross_entropy, (x, away)),
+        ("targets", loss_ops.cross_entropy_, (x, away)),
+        ("targets", loss_ops.linear_cross_entropy, (x, words, away)),
+        ("weight", loss_ops.linear_cross_entropy, (x, words.to("meta"), targets)),
+        ("tokens", loss_ops.embedding, (away, words)),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is on meta, .* on cpu: expected one device"):
+            function(*given, **options)
+    with pytest.raises(ValueError, match="bias is on meta"):
+        loss_ops.linear_cross_entropy(x, words, targets, bias=words[:, 0].to("meta"), **options)
+
+
 # ---- torch.library, and what is refused ------------------------------------------------------------------------------
 
 
