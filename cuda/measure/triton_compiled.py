@@ -32,7 +32,7 @@ COUNTED = {  # the opcodes that tell what a kernel is made of
     "hmma": r"HMMA",  # of a warp, from registers
     "tma_loads": r"UTMALDG",
     "tma_stores": r"UTMASTG",
-    "loads_128": r"LDG\.E(?:\.\w+)*\.128",  # 16 bytes a thread
+    "loads_128": r"LDG(?:STS)?\.E(?:\.\w+)*\.128",  # 16 bytes a thread, to registers or to shared memory
     "loads": r"LDG",
     "spills": r"LDL|STL",  # to and from local memory
 }
