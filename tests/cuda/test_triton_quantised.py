@@ -7,14 +7,13 @@ rounded to that type, or one rounding of the largest number.
 
 import itertools
 import math
+from statistics import NormalDist
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 pytest.importorskip("triton", reason="the kernels are in Triton")
-from scipy.stats import norm
-
 from cuda import quantised_ops as ops
 from cuda import triton_parts, triton_quantised_matmul
 from cuda.triton_compat import compiling
@@ -36,8 +35,9 @@ def seed():
 def nf4_table():
     """Eight quantiles of the normal distribution above 0, seven below, at equal steps of probability, which QLoRA's
     authors rounded to float32."""
-    above, below = (norm.ppf(torch.linspace(0.9677083, 0.5, n + 1)[:-1]) for n in (8, 7))
-    table = torch.tensor(sorted([*above, *-below, 0.0]))
+    at = NormalDist().inv_cdf
+    above, below = ([at(p) for p in torch.linspace(0.9677083, 0.5, n + 1)[:-1].tolist()] for n in (8, 7))
+    table = torch.tensor(sorted([*above, *(-x for x in below), 0.0]), dtype=torch.float64)
     return (table / table.max()).float()
 
 
