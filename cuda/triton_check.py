@@ -23,7 +23,7 @@ from cuda.triton_compat import builder, tensors_of
 
 
 class AccessError(RuntimeError):
-    pass
+    """A race or a stray access of an interpreted kernel."""
 
 
 @contextmanager

@@ -35,10 +35,8 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 OPTIONS = {"enable_fp_fusion": True}  # a * b + c rounded once, as nvcc does; Triton 3.10 changes the default
-VERSION = tuple(map(int, triton.__version__.split(".")[:2]))
 if triton.knobs.runtime.interpret:  # then tl.sum and the like are no functions that a kernel could be compiled with
     raise RuntimeError("TRITON_INTERPRET is set: expected it unset, CPU tensors are interpreted without it")
-__all__ = ["VERSION", "Compiled", "Kernel", "TensorDescriptor", "compiling", "jit"]
 
 
 class Compiled(NamedTuple):

@@ -22,6 +22,7 @@ from lora.config import LoraConfig
 from lora.layers import Adapter, sizes
 from lora.lora import adapter_of, add_adapter, check_addition
 from lora.targets import Place, adaptable_layers
+from minigpt.hf import read_json
 from minigpt.hf_config import GPT2, family_of
 from minigpt.model import GPT
 
@@ -51,7 +52,7 @@ def load_adapter(model: GPT, path: Path, name: str = "default") -> LoraConfig:
     infinity, all of them listed.
     """
     path = Path(path)
-    config = config_from_peft(_read_json(path / CONFIG), path / CONFIG)
+    config = config_from_peft(read_json(path / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}"), path / CONFIG)
     tensors = _read_weights(path)
     try:
         places = check_addition(model, config, name)
@@ -175,18 +176,6 @@ def _joined(parts: dict[Place, list[Adapter]]) -> dict[str, Tensor]:
         tensors[A] = adapters[0].A.detach().contiguous()
         tensors[B] = torch.cat([adapter.B.detach() for adapter in adapters])
     return tensors
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}")
-    try:
-        found = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: expected a JSON object, got {type(found).__name__}")
-    return found
 
 
 def _read_weights(path: Path) -> dict[str, Tensor]:

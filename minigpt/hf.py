@@ -25,6 +25,7 @@ from minigpt.model import GPT, rotary_tables
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CHECKPOINT = f"a folder with {CONFIG} and {WEIGHTS}, or shards and {INDEX}"
 
 
 def load_pretrained(
@@ -39,7 +40,7 @@ def load_pretrained(
     path = Path(path)
     if dtype is not None and dtype not in DTYPES.values():
         raise ValueError(f"dtype {dtype}: expected one of {', '.join(map(str, DTYPES.values()))}")
-    config = config_from_hf(_read_json(path / CONFIG))
+    config = config_from_hf(read_json(path / CONFIG, CHECKPOINT))
     with torch.device("meta"):  # no memory yet; the rotary tables, which no file holds, are made again below
         model = GPT(config, seed=None, **gpt_arguments)
     layout = Layout(config, model.state_dict())
@@ -77,9 +78,10 @@ class _Stored:
         return self.handle.get_tensor(self.name)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, expected: str) -> dict[str, Any]:
+    """The object in a file. Raises ValueError saying what was expected where there is no file, and for other JSON."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}, or shards and {INDEX}")
+        raise ValueError(f"{path}: no such file; expected {expected}")
     try:
         found = json.loads(path.read_bytes())
     except ValueError as error:
@@ -100,7 +102,7 @@ def _shards(path: Path) -> dict[str, set[str] | None]:
         pickles = sorted(file.name for file in path.glob("pytorch_model*.bin"))
         told = f"found {pickles[0]}, a pickle, which can run any code: convert it first" if pickles else "found neither"
         raise ValueError(f"{path}: expected {WEIGHTS}, or shards and {INDEX}; {told}")
-    weight_map = _read_json(path / INDEX).get("weight_map")
+    weight_map = read_json(path / INDEX, CHECKPOINT).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ValueError(f"{path / INDEX}: expected weight_map, an object of names and files, got {weight_map!r}")
     shards: dict[str, set[str] | None] = {}

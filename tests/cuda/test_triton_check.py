@@ -119,6 +119,25 @@ def sgmv() -> torch.Tensor:
     return ops.lora_sgmv(randn(9, 40), *pools, segments, adapters, torch.ones(3))
 
 
+def packed() -> torch.Tensor:
+    starts = torch.tensor([0, 5, 5, 40], dtype=torch.int32)
+    q, k, v = randn(40, 4, 64), randn(40, 2, 64), randn(40, 2, 64)
+    return ops.attention(q, k, v, cu_seqlens_q=starts, cu_seqlens_k=starts, window=9, kernels="triton")
+
+
+def unpacked() -> None:
+    numbers = torch.randint(256, (780,), dtype=torch.uint8)
+    ops.dequantize_nf4(numbers, torch.rand(25), (24, 65), BF16)
+    ops.dequantize_int4(numbers[:768].view(24, 32), torch.rand(24, 2).to(BF16), None, (24, 64), BF16, group=32)
+    ops.dequantize_int8(torch.randint(-9, 9, (24, 65), dtype=torch.int8), torch.rand(24), BF16)
+
+
+def eight_bits() -> None:
+    for scaling in ("row", "tensor"):
+        ops.quantize_fp8(randn(40, 70).detach(), scaling=scaling)
+    ops.quantize_fp8(randn(40, 70).detach(), transposed=True)
+
+
 def bgmv() -> torch.Tensor:
     pools = torch.randn(3, 8, 40).to(BF16), torch.randn(3, 24, 8).to(BF16)
     return ops.lora_bgmv(
@@ -144,6 +163,7 @@ CASES = {
     "fp8": lambda: ops.fp8_linear(randn(40, 64), randn(32, 64)),
     "grouped": lambda: ops.grouped_matmul(randn(20, 40), randn(3, 40, 24), torch.tensor([7, 7, 18], dtype=torch.int32)),
     "attention": lambda: ops.attention(heads(70, 4), heads(90, 2), heads(90, 2), causal=True, kernels="triton"),
+    "attention, packed": packed,
     "decode": decode,
     "rms_norm": lambda: ops.rms_norm(randn(9, 100), randn(100), kernels="triton"),
     "layer_norm": lambda: ops.layer_norm(randn(9, 100), randn(100), randn(100), kernels="triton"),
@@ -151,14 +171,19 @@ CASES = {
     "rotary": lambda: ops.rotary(randn(2, 3, 5, 16), torch.rand(5, 8), torch.rand(5, 8), kernels="triton"),
     "swiglu": lambda: ops.swiglu(randn(5, 77), randn(5, 77), kernels="triton"),
     "gelu": lambda: ops.gelu(randn(5, 77), kernels="triton"),
+    "gelu, by tanh": lambda: ops.gelu(randn(5, 77), approximate="tanh", kernels="triton"),
+    "relu2": lambda: ops.relu2(randn(5, 77), kernels="triton"),
     "softmax": lambda: ops.softmax(randn(7, 65), kernels="triton"),
     "softmax, wide": lambda: ops.softmax(randn(2, 20001), kernels="triton"),
     "cross_entropy": lambda: ops.cross_entropy(randn(6, 1001), torch.arange(6), kernels="triton"),
+    "cross_entropy_": lambda: ops.cross_entropy_(randn(6, 1001).detach(), torch.arange(6), kernels="triton"),
     "linear_cross_entropy": lambda: ops.linear_cross_entropy(
         randn(20, 24), randn(101, 24), torch.arange(20), chunk_rows=8, kernels="triton"
     ),
     "embedding": lambda: ops.embedding(torch.arange(300) % 7, randn(9, 40), kernels="triton"),
     "optimizers": optimise,
+    "quantize_fp8": eight_bits,
+    "dequantize": unpacked,
     "sgmv": sgmv,
     "bgmv": bgmv,
     "nf4, few rows": lambda: nf4(3),
