@@ -1,11 +1,11 @@
 """Examples -> rows of tokens to train on: loss on the answers only, several examples a row that do not see each other.
 
 `encode` marks what is to be learned, the answer and the token that ends it. `pack` puts examples whole into rows, first
-fit; each is a document of its own, at positions from 0. `Documents` tells the GPT so, in the place of a cache. An
-example longer than the context is left out, counted and named, never cut. Refused: a template that the tokenizer lacks
-tokens for, rows without anything to learn.
+fit; each is a document of its own, at positions from 0, and the GPT is told so. An example longer than the context is
+left out, counted and named, never cut. Refused: a template that the tokenizer lacks tokens for, rows without anything
+to learn.
 
-Shapes: N examples, n tokens of one, R rows, B rows of a batch, T the context, G key/value heads, K head width.
+Shapes: N examples, n tokens of one, R rows, B rows of a batch, T the context.
 """
 
 from collections.abc import Sequence
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lora.examples import Example
 from minigpt.chat import SPECIAL, TEMPLATES, Template
-from minigpt.masks import visible
+from minigpt.masks import Documents
 from minigpt.model import GPT
 from minigpt.tokenizer import Tokenizer
 
@@ -101,39 +101,6 @@ def checked_template(tokenizer: Tokenizer, name: str) -> Template:
 
 
 # -- rows --
-class Documents:
-    """For `GPT.forward(tokens_BT, cache=...)`: each token stands and sees as in its own document. Keeps no keys.
-
-    The place of a cache is where the GPT asks for positions and a mask. Its `separator` knows where documents begin
-    too, but lets positions count on: the same for rotary positions, another model for learned ones. Has no state, so it
-    serves any number of passes, with gradients and with activation checkpointing.
-    """
-
-    longest = 0  # tokens held from before
-
-    def __init__(self, positions_BT: Tensor, documents_BT: Tensor) -> None:
-        if positions_BT.shape != documents_BT.shape or positions_BT.ndim != 2:
-            shapes = f"{tuple(positions_BT.shape)} and {tuple(documents_BT.shape)}"
-            raise ValueError(f"positions and documents of shapes {shapes}: expected (B, T) of both")
-        self.positions_BT, self.documents_BT = positions_BT, documents_BT
-
-    def positions(self, T: int) -> Tensor:
-        if self.positions_BT.shape[1] != T:
-            raise ValueError(f"{T} tokens a row: expected those of the documents, {self.positions_BT.shape[1]}")
-        return self.positions_BT
-
-    def mask(self, positions_BT: Tensor, window: int) -> Tensor:
-        """(B, T, T), True where a query sees a key: at or before it, in the window, in one document."""
-        same_BTT = self.documents_BT[:, :, None] == self.documents_BT[:, None, :]
-        return visible(positions_BT, positions_BT, window) & same_BTT
-
-    def append(self, layer: int, positions_BT: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        return k_BGTK, v_BGTK
-
-    def advance(self, T: int) -> None:
-        pass
-
-
 @dataclass(frozen=True, slots=True)
 class Rows:
     """Rows of packed examples, each field int64 (R, T)."""
@@ -160,7 +127,7 @@ class Rows:
 
     def loss(self, model: GPT) -> Tensor:
         """Mean cross-entropy over the scored targets of all rows, in nats."""
-        return model(self.tokens_RT, self.targets_RT, cache=self.documents())
+        return model(self.tokens_RT, self.targets_RT, documents=self.documents())
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import GPTConfig
 from minigpt.kv_cache import KVCache
-from minigpt.masks import same_document, visible
+from minigpt.masks import Documents, same_document, visible
 
 
 def rotary_speeds(config: GPTConfig) -> Tensor:
@@ -170,8 +170,10 @@ class Sight:
         positions_BT: Tensor,
         cache: KVCache | None = None,
         separator: int | None = None,
+        documents: Documents | None = None,
     ):
         self.tokens_BT, self.positions_BT, self.cache, self.separator = tokens_BT, positions_BT, cache, separator
+        self.documents = documents
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.rules = {window: self._rule(window) for window in {config.window_of(i) for i in range(config.layers)}}
 
@@ -184,6 +186,8 @@ class Sight:
     def _mask(self, window: int) -> Tensor | None:
         if self.cache is not None:
             return self.cache.mask(self.positions_BT, window)
+        if self.documents is not None:
+            return self.documents.mask(window)
         if self.separator is None:
             return None
         causal_BTS = visible(self.positions_BT, self.positions_BT, window)
@@ -253,12 +257,13 @@ class GPT(nn.Module):
     """The arguments stand for layers of later stages:
 
     attention_fn(q_BHTK, k_BGSK, v_BGSK, *, window=..., mask_BTS=...) -> y_BHTK is causal, see `causal_attention`; the
-    keywords are given only where the config, a cache or `separator` asks for them. linear_cls(in, out, bias=bool),
-    norm_cls(width, eps=float) and embedding_cls(numbers, width) are modules with `.weight`; norm_cls None means the
-    config's. rotary_fn and activation_fn are like `rotate` and `activate`. loss_fn(x_BTC, weight_VC, targets_BT,
-    softcap=, z_loss=) is the mean cross-entropy of hidden states, in place of `logits` and `mean_cross_entropy`.
-    activation_checkpointing keeps only each block's input for the backward pass and computes the rest again. seed None
-    leaves the weights as the layers made them, for a model that gets its own from a file.
+    keywords are given only where the config, a cache, `separator` or `documents` ask for them.
+    linear_cls(in, out, bias=bool), norm_cls(width, eps=float) and embedding_cls(numbers, width) are modules with
+    `.weight`; norm_cls None means the config's. rotary_fn and activation_fn are like `rotate` and `activate`.
+    loss_fn(x_BTC, weight_VC, targets_BT, softcap=, z_loss=) is the mean cross-entropy of hidden states, in place of
+    `logits` and `mean_cross_entropy`. activation_checkpointing keeps only each block's input for the backward pass and
+    computes the rest again. seed None leaves the weights as the layers made them, for a model that gets its own from a
+    file.
     """
 
     def __init__(
@@ -308,30 +313,46 @@ class GPT(nn.Module):
         *,
         cache: KVCache | None = None,
         separator: int | None = None,
+        documents: Documents | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
         """logits_BTV; with targets `mean_cross_entropy` instead.
 
         With a cache the tokens follow those that it holds, which they can see, and are added to it. With a separator
-        nothing sees a document other than its own.
+        nothing sees a document other than its own; with `documents` each besides stands where it would stand alone.
         """
-        x_BTC = self.hidden(tokens_BT, cache=cache, separator=separator)
+        x_BTC = self.hidden(tokens_BT, cache=cache, separator=separator, documents=documents)
         if targets_BT is not None and self.loss_fn is not None:
             weight_VC = self.embedding.weight if self.config.tied else self.head.weight
             return self.loss_fn(x_BTC, weight_VC, targets_BT, softcap=self.config.softcap, z_loss=z_loss)
         logits_BTV = self.logits(x_BTC)
         return logits_BTV if targets_BT is None else mean_cross_entropy(logits_BTV, targets_BT, z_loss)
 
-    def hidden(self, tokens_BT: Tensor, *, cache: KVCache | None = None, separator: int | None = None) -> Tensor:
+    def hidden(
+        self,
+        tokens_BT: Tensor,
+        *,
+        cache: KVCache | None = None,
+        separator: int | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """x_BTC after the last norm: what the head turns into logits."""
-        if cache is not None and separator is not None:
-            raise ValueError("a cache and a separator: expected one of them, the cache holds one document a row")
+        given = {"a cache": cache, "a separator": separator, "documents": documents}
+        given = {what: value for what, value in given.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)}: expected one of them, a cache holds one document a row")
+        if documents is not None and any(x.shape != tokens_BT.shape for x in documents):
+            shapes = [tuple(x.shape) for x in documents]
+            raise ValueError(f"positions and documents of shapes {shapes}: expected {tuple(tokens_BT.shape)} of both")
         T, held = tokens_BT.shape[1], cache.longest if cache is not None else 0
         if not 1 <= T <= self.config.context - held:
             there = f" after {held} in the cache" if held else ""
             raise ValueError(f"sequence of {T} tokens{there}: expected 1 to the context, {self.config.context}")
-        positions_BT = torch.arange(T, device=tokens_BT.device)[None] if cache is None else cache.positions(T)
-        sight = Sight(self.config, tokens_BT, positions_BT, cache, separator)
+        if documents is not None:
+            positions_BT = documents.positions_BT
+        else:
+            positions_BT = torch.arange(T, device=tokens_BT.device)[None] if cache is None else cache.positions(T)
+        sight = Sight(self.config, tokens_BT, positions_BT, cache, separator, documents)
         x_BTC = self.embedding(tokens_BT)
         if self.config.positions == "learned":
             x_BTC = x_BTC + self.position_embedding(positions_BT)

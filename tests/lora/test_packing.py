@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from lora.examples import Example
-from lora.packing import IGNORED, PADDING, Documents, Encoded, encode, end_token, first_fit, pack, prompt_tokens
+from lora.packing import IGNORED, PADDING, Encoded, encode, end_token, first_fit, pack, prompt_tokens
 from minigpt.chat import TEMPLATES, Conversation
+from minigpt.masks import Documents
 from minigpt.model import GPT
 from minigpt.sampling import Sampling
 from minigpt.tokenizer import Tokenizer
@@ -176,7 +177,7 @@ def test_a_packed_loss_is_the_sum_of_the_documents_alone(model):
     loss = rows.loss(model)
     assert (loss * rows.scored - expected).abs() <= 1e-10 * expected
     each = F.cross_entropy(
-        model(rows.tokens_RT, cache=rows.documents()).transpose(1, 2), rows.targets_RT, reduction="none"
+        model(rows.tokens_RT, documents=rows.documents()).transpose(1, 2), rows.targets_RT, reduction="none"
     )
     for number, example in enumerate(examples):
         assert (each[rows.documents_RT == number].sum() - alone(model, example)).abs() <= 1e-10 * expected
@@ -206,9 +207,9 @@ def test_other_documents_change_nothing(model):
     """Bit for bit: another document in the row, before them or after, is not heard of."""
     rows = pack(made(7, 9, 5), CONTEXT).rows
     assert len(rows) == 1
-    before = model(rows.tokens_RT, cache=rows.documents())
+    before = model(rows.tokens_RT, documents=rows.documents())
     rows.tokens_RT[rows.documents_RT == 1] = 0  # `made` uses no token 0
-    changed = model(rows.tokens_RT, cache=rows.documents())
+    changed = model(rows.tokens_RT, documents=rows.documents())
     others = rows.documents_RT != 1
     assert torch.equal(changed[others], before[others]) and not torch.equal(changed, before)
 
@@ -225,8 +226,9 @@ def test_the_separator_rule_is_the_same_for_rotary_positions_only():
         assert difference <= 1e-12 if same else difference > 1e-3
 
 
-def test_documents_refuse_another_shape():
-    with pytest.raises(ValueError, match=r"shapes \(1, 3\) and \(1, 4\): expected \(B, T\) of both"):
-        Documents(torch.zeros(1, 3), torch.zeros(1, 4))
-    with pytest.raises(ValueError, match="4 tokens a row: expected those of the documents, 3"):
-        random_gpt(**TINY)(torch.ones(1, 4, dtype=torch.long), cache=Documents(torch.zeros(1, 3), torch.zeros(1, 3)))
+def test_documents_refuse_another_shape_and_company():
+    model, tokens_BT = random_gpt(**TINY), torch.ones(1, 4, dtype=torch.long)
+    with pytest.raises(ValueError, match=r"shapes \[\(1, 3\), \(1, 4\)\]: expected \(1, 4\) of both"):
+        model(tokens_BT, documents=Documents(torch.zeros(1, 3), torch.zeros(1, 4)))
+    with pytest.raises(ValueError, match="a separator and documents: expected one of them"):
+        model(tokens_BT, documents=Documents(torch.zeros(1, 4), torch.zeros(1, 4)), separator=0)
