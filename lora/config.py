@@ -3,7 +3,7 @@ mean the same here.
 
 A pattern is compared with two names of a layer: ours (`blocks.0.attention.query`) and, where the GPT belongs to a
 family of transformers, theirs (`model.layers.0.self_attn.q_proj`). Refused: values out of range, patterns that are no
-regular expressions. Block-diagonal factors have their field, and `lora/lora.py` refuses them for now.
+regular expressions, ranks that the blocks of block-diagonal factors do not divide.
 """
 
 import math
@@ -30,7 +30,7 @@ class LoraConfig:
     rslora: bool = False  # the scale is alpha / sqrt(rank), Kalajdzievski 2023, instead of alpha / rank
     dropout: float = 0.0  # of what goes into A, in training; embeddings have none
     init: str = "kaiming"  # A uniform within 1/sqrt(inputs), or "gaussian": std 1/rank; B 0. Embeddings: A 0, B normal
-    blocks: int = 1  # of block-diagonal factors
+    blocks: int = 1  # N > 1: one factor of each layer is block-diagonal, which one says lora/targets.py (BD-LoRA)
     tie_head: bool = False  # an adapter of a tied embedding changes the head too; PEFT's files have no such adapter
 
     def __post_init__(self) -> None:
@@ -47,9 +47,9 @@ class LoraConfig:
         if self.init not in ("kaiming", "gaussian"):
             raise ValueError(f"init {self.init!r}: expected 'kaiming' or 'gaussian'")
         _check_whole("blocks", self.blocks)
-        for rank in (self.rank, *self.rank_pattern.values()):
-            if rank % self.blocks:
-                raise ValueError(f"rank {rank} in {self.blocks} blocks: expected a multiple of the number of blocks")
+        ranks = {"rank": self.rank} | {f"rank_pattern[{key!r}]": rank for key, rank in self.rank_pattern.items()}
+        if uneven := [f"{name} {rank}" for name, rank in ranks.items() if rank % self.blocks]:
+            raise ValueError(f"{', '.join(uneven)} in {self.blocks} blocks: expected multiples of the number of blocks")
 
     def wants(self, *names: str) -> bool:
         """Whether a layer of these names is a target; "all-linear" is not a pattern and fits no name."""

@@ -3,9 +3,10 @@
 A is (r, I) and B (O, r), as in PEFT's files; of an embedding I is the vocabulary. Both are float32, or float64 beside
 a float64 layer, whatever the layer's dtype: the result is rounded to the layer's only at the end. Merged, a layer keeps
 a copy of its weight, so merging costs the memory of the weight once more, and unmerging gives it back bit for bit.
+A block-diagonal factor keeps its N blocks only, one below the other: A as (r, I/N), or B as (O, r/N).
 Refused: merging into weights that are not floating point.
 
-Shapes: B batch, T time, I inputs, O outputs, r rank.
+Shapes: B batch, T time, I inputs, O outputs, r rank, N blocks.
 """
 
 import math
@@ -19,31 +20,74 @@ from lora.targets import Place
 
 
 class Adapter(nn.Module):
-    """One A and B. Layers of one place share the Parameter A."""
+    """One A and B. Layers of one place share the Parameter A. `blocks_A` and `blocks_B` are 1 of a dense factor."""
 
     def __init__(self, config: LoraConfig, place: Place, A: nn.Parameter, B: nn.Parameter):
         super().__init__()
         self.config, self.place, self.scale = config, place, config.scale(*place.names)
+        self.blocks_A, self.blocks_B = factor_blocks(config, place)
         self.A, self.B = A, B
 
+    def dense(self) -> tuple[Tensor, Tensor]:
+        """A (r, I) and B (O, r), with the zeros off the blocks; gradients flow back to the blocks."""
+        return unpacked(self.A, self.blocks_A), unpacked(self.B, self.blocks_B)
+
+    def added_to(self, total_BTO: Tensor, x_BTI: Tensor, scale: float) -> Tensor:
+        """total + scale * B A x. The scale multiplies the narrow A x, and blocks of B are added where they belong."""
+        low_BTr = block_linear(x_BTI, self.A, self.blocks_A) * scale
+        if self.blocks_B == 1:
+            return total_BTO + F.linear(low_BTr, self.B)
+        total_BTNo = total_BTO.unflatten(-1, (self.blocks_B, -1))
+        return (total_BTNo + _block_products(low_BTr, self.B, self.blocks_B)).flatten(-2)
+
     def extra_repr(self) -> str:
-        return f"rank={len(self.A)}, scale={self.scale:g}, dropout={self.config.dropout:g}"
+        blocks = f", blocks={self.config.blocks}" if self.config.blocks > 1 else ""
+        return f"rank={len(self.A)}, scale={self.scale:g}, dropout={self.config.dropout:g}{blocks}"
+
+
+def factor_blocks(config: LoraConfig, place: Place) -> tuple[int, int]:
+    """How many blocks A and B have: those of a layer cut over its inputs are A's, else B's (BD-LoRA)."""
+    return (config.blocks, 1) if place.row else (1, config.blocks)
+
+
+def unpacked(factor: Tensor, blocks: int) -> Tensor:
+    """(rows, columns/N) -> (rows, columns), each block of rows in its place on the diagonal."""
+    return torch.block_diag(*factor.chunk(blocks)) if blocks > 1 else factor
+
+
+def block_linear(x_BTI: Tensor, factor: Tensor, blocks: int) -> Tensor:
+    """x W^T (B, T, O), W (O, I) or block-diagonal and packed, (O, I/N). N blocks cost 1/N of the dense product."""
+    return F.linear(x_BTI, factor) if blocks == 1 else _block_products(x_BTI, factor, blocks).flatten(-2)
+
+
+def _block_products(x_BTI: Tensor, factor: Tensor, blocks: int) -> Tensor:
+    """(B, T, N, O/N): each block of channels by its own matrix, in one batched product. M = B T, i = I/N, o = O/N."""
+    x_MNi, W_Noi = x_BTI.reshape(-1, blocks, factor.shape[1]), factor.unflatten(0, (blocks, -1))
+    y_NMo = torch.bmm(x_MNi.transpose(0, 1), W_Noi.mT)  # einsum says the same in twice as many steps
+    return y_NMo.transpose(0, 1).reshape(*x_BTI.shape[:-1], blocks, W_Noi.shape[1])
 
 
 def new_factors(
     config: LoraConfig, place: Place, layers: list[nn.Module], generator: torch.Generator
 ) -> tuple[nn.Parameter, list[nn.Parameter]]:
-    """A, and one B for each layer of the place, as `LoraConfig.init` says; drawn on the CPU in float32."""
-    weight, rank, embedding = layers[0].weight, config.rank_of(*place.names), place.embedding
-    inputs, outputs = zip(*(sizes(layer, embedding) for layer in layers), strict=True)
-    A, Bs = torch.zeros(rank, inputs[0]), [torch.zeros(count, rank) for count in outputs]
+    """A, and one B for each layer of the place, as `LoraConfig.init` says; drawn on the CPU in float32.
+
+    A row of a block-diagonal A sees I/N inputs only, so its numbers are drawn sqrt(N) times wider: then A x has the
+    variance that it has in plain LoRA, and alpha and the learning rate mean the same in both. (PEFT draws them uniform
+    within sqrt(6 N / I), sqrt(6) times as wide as here, while its dense ones are as ours.)
+    """
+    weight, embedding = layers[0].weight, place.embedding
+    shapes = [factor_shapes(config, place, layer) for layer in layers]
+    A, Bs = torch.zeros(shapes[0][0]), [torch.zeros(shape) for _, shape in shapes]
+    widening = math.sqrt(factor_blocks(config, place)[0])
     if embedding:
         for B in Bs:
             B.normal_(generator=generator)
     elif config.init == "kaiming":
-        A.uniform_(-1 / math.sqrt(inputs[0]), 1 / math.sqrt(inputs[0]), generator=generator)
+        bound = widening / math.sqrt(sizes(layers[0], embedding)[0])
+        A.uniform_(-bound, bound, generator=generator)
     else:
-        A.normal_(std=1 / rank, generator=generator)
+        A.normal_(std=widening / len(A), generator=generator)
     own = {"dtype": torch.promote_types(torch.float32, weight.dtype), "device": weight.device}
     return nn.Parameter(A.to(**own)), [nn.Parameter(B.to(**own)) for B in Bs]
 
@@ -51,6 +95,13 @@ def new_factors(
 def sizes(layer: nn.Module, embedding: bool) -> tuple[int, int]:
     """I and O."""
     return (layer.num_embeddings, layer.embedding_dim) if embedding else (layer.in_features, layer.out_features)
+
+
+def factor_shapes(config: LoraConfig, place: Place, layer: nn.Module) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Of A and B as they are kept: packed where they are block-diagonal."""
+    (inputs, outputs), rank = sizes(layer, place.embedding), config.rank_of(*place.names)
+    blocks_A, blocks_B = factor_blocks(config, place)
+    return (rank, inputs // blocks_A), (outputs, rank // blocks_B)
 
 
 class LoraLayer(nn.Module):
@@ -69,12 +120,13 @@ class LoraLayer(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen layer's own."""
+        """The frozen layer's own; merged, it holds the adapters."""
         return self.base.weight
 
     def change(self, adapter: Adapter, scale: float) -> Tensor:
         """What the adapter adds to the weight."""
-        return scale * (adapter.B @ adapter.A)
+        A, B = adapter.dense()
+        return scale * (B @ A)
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -117,10 +169,12 @@ class LoraLinear(LoraLayer):
             return y_BTO
         total_BTO = y_BTO
         for adapter, scale in self.chosen():
-            dropped_BTI = F.dropout(x_BTI, adapter.config.dropout, self.training)
+            own_BTI, dropout = x_BTI, adapter.config.dropout
+            if self.training and dropout:  # which would copy x where there is nothing to drop
+                own_BTI = F.dropout(own_BTI, dropout)
             if not torch.is_autocast_enabled(x_BTI.device.type):  # which chooses the dtype itself
-                dropped_BTI = dropped_BTI.to(adapter.A.dtype)
-            total_BTO = total_BTO + F.linear(F.linear(dropped_BTI, adapter.A) * scale, adapter.B)
+                own_BTI = own_BTI.to(adapter.A.dtype)
+            total_BTO = adapter.added_to(total_BTO, own_BTI, scale)
         return total_BTO.to(y_BTO.dtype)
 
 

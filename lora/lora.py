@@ -5,7 +5,8 @@
 
 The first adapter freezes the model for good, and its layers become those of `lora/layers.py`. Everything that is wrong
 is said before the model is touched. Refused: a name that is taken or unknown, changes of a merged model, merging twice,
-block-diagonal factors, an adapter of the head where a `loss_fn` would read the head's weight past it.
+blocks of block-diagonal factors that a layer cannot have, an adapter of the head where a `loss_fn` would read the
+head's weight past it.
 """
 
 import math
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from lora.config import LoraConfig
-from lora.layers import Adapter, LoraEmbedding, LoraLayer, LoraLinear, new_factors
+from lora.layers import Adapter, LoraEmbedding, LoraLayer, LoraLinear, new_factors, sizes
 from lora.targets import Place, adaptable_layers, places_of
 from minigpt.model import GPT
 
@@ -45,9 +46,9 @@ def check_addition(model: GPT, config: LoraConfig, name: str) -> list[Place]:
     if name in adapter_names(model):
         raise ValueError(f"adapter {name!r} exists: expected another name, or remove it first")
     _check_unmerged(model)
-    if config.blocks > 1:
-        raise ValueError(f"blocks {config.blocks}: expected 1, block-diagonal adapters are not supported")
     places = places_of(model, config)
+    if config.blocks > 1 and (faults := _block_faults(model, config, places)):
+        raise ValueError(f"blocks {config.blocks}: {'; '.join(faults)}")
     if config.tie_head and not (model.config.tied and any(place.layers == ("embedding",) for place in places)):
         raise ValueError("tie_head: expected a GPT whose head is its embedding, and the embedding among the targets")
     if model.loss_fn is not None and any(place.head for place in places):
@@ -55,6 +56,23 @@ def check_addition(model: GPT, config: LoraConfig, name: str) -> list[Place]:
             "target head of a GPT with a loss_fn: expected none, it reads the head's weight, not its output"
         )
     return places
+
+
+def _block_faults(model: GPT, config: LoraConfig, places: list[Place]) -> list[str]:
+    """What keeps these places from having block-diagonal factors. Ranks are checked by the config."""
+    layers, faults = adaptable_layers(model), []
+    for place in places:
+        names = ", ".join(place.layers)
+        if place.embedding:
+            faults.append(f"{names} is an embedding: expected linear layers only")
+        elif len(place.layers) > 1:  # blocks of their common matrix would cross from one into the next
+            faults.append(f"{names} are one matrix, {place.theirs}: expected targets query, key and value instead")
+        else:
+            inputs, outputs = sizes(layers[names], embedding=False)
+            side, size = ("inputs", inputs) if place.row else ("outputs", outputs)
+            if size % config.blocks:
+                faults.append(f"{names} has {size} {side}: expected a multiple of the number of blocks")
+    return faults
 
 
 def _wrapped(model: GPT, layer: str, place: Place) -> LoraLayer:

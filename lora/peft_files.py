@@ -19,7 +19,7 @@ from torch import Tensor
 
 from common.log import atomic_write
 from lora.config import LoraConfig
-from lora.layers import Adapter, sizes
+from lora.layers import Adapter, factor_shapes
 from lora.lora import adapter_of, add_adapter, check_addition
 from lora.targets import Place, adaptable_layers
 from minigpt.hf import read_json
@@ -197,9 +197,9 @@ def _check_tensors(path: Path, model: GPT, config: LoraConfig, places: list[Plac
             faults.append(f"targets fit {', '.join(place.layers)}, which has no name of its own in transformers")
             continue
         A, B = _keys(place)
-        rank, parts = config.rank_of(*place.names), [layers[layer] for layer in place.layers]
-        inputs, outputs = zip(*(sizes(part, place.embedding) for part in parts), strict=True)
-        expected[A], expected[B] = (rank, inputs[0]), (sum(outputs), rank)
+        parts = [layers[layer] for layer in place.layers]
+        of_A, of_B = zip(*(factor_shapes(config, place, part) for part in parts), strict=True)
+        expected[A], expected[B] = of_A[0], (sum(rows for rows, _ in of_B), of_B[0][1])
         base = f"{PREFIX}{place.theirs}.base_layer.weight"
         if base in tensors:  # PEFT adds the frozen weight of an adapted embedding or head
             faults += _base_faults(base, tensors[base], parts[0].weight)

@@ -2,7 +2,8 @@
 
 GPT-2 of transformers has one matrix, c_attn, where ours has query, key and value. A target that names c_attn is one
 place with three layers: they share A, and the rows of B are split among them. Targets with our names (`query`) are
-places of one layer each, and of GPT-2 these have no name in transformers. Refused: targets that fit no layer.
+places of one layer each, and of GPT-2 these have no name in transformers. ROW and COLUMN say which factor of a layer is
+block-diagonal in BD-LoRA. Refused: targets that fit no layer.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,11 @@ from minigpt.hf_config import family_of
 from minigpt.hf_layout import Layout
 from minigpt.model import GPT
 
-LINEAR = ("query", "key", "value", "output", "gate", "up", "down", "head")
+# How tensor parallelism cuts the frozen weight: over its inputs, or over its outputs. The factor on that side of the
+# layer is the block-diagonal one, so that a rank needs no more than the block it keeps: A of ROW, B of COLUMN.
+ROW = ("output", "down")
+COLUMN = ("query", "key", "value", "up", "gate", "head")
+LINEAR = (*ROW, *COLUMN)
 EMBEDDING = ("embedding", "position_embedding", "value_embedding")
 
 
@@ -38,6 +43,11 @@ class Place:
     @property
     def head(self) -> bool:
         return self.layers == ("head",)
+
+    @property
+    def row(self) -> bool:
+        """Whether tensor parallelism cuts the inputs of the layer; else it cuts the outputs, or it is an embedding."""
+        return kind_of(self.layers[0]) in ROW
 
 
 def kind_of(layer: str) -> str:

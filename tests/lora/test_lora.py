@@ -47,6 +47,16 @@ def same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> b
     )
 
 
+def spread_out(packed: torch.Tensor, blocks: int) -> torch.Tensor:
+    """The dense matrix of a block-diagonal one, number by number."""
+    rows, columns = packed.shape
+    dense = torch.zeros(rows, columns * blocks, dtype=packed.dtype)
+    for row in range(rows):
+        for column in range(columns):
+            dense[row, column + columns * (row * blocks // rows)] = packed[row, column]
+    return dense
+
+
 def with_deltas(model: GPT, weights: dict[str, float], *, head: bool = True) -> GPT:
     """A plain GPT whose weights are W + weight * scale * B A, the definition."""
     plain, state = GPT(model.config, seed=None).to(model.embedding.weight.dtype).eval(), snapshot(model)
@@ -54,7 +64,8 @@ def with_deltas(model: GPT, weights: dict[str, float], *, head: bool = True) -> 
         for adapter, weight in weights.items():
             if adapter in layer.adapters:
                 part = layer.adapters[adapter]
-                delta = weight * part.scale * torch.einsum("or,ri->oi", part.B.detach(), part.A.detach())
+                A, B = spread_out(part.A.detach(), part.blocks_A), spread_out(part.B.detach(), part.blocks_B)
+                delta = weight * part.scale * torch.einsum("or,ri->oi", B, A)
                 state[f"{name}.weight"] += delta.T if isinstance(layer, LoraEmbedding) else delta
     plain.load_state_dict(state)
     return plain
@@ -320,8 +331,11 @@ def test_a_head_that_a_loss_function_reads_past_the_adapter_is_refused():
         ({"dropout": math.nan}, "dropout nan: expected a number"),
         ({"init": "pissa"}, "init 'pissa': expected 'kaiming' or 'gaussian'"),
         ({"blocks": 0}, "blocks 0: expected a whole number"),
-        ({"rank": 6, "blocks": 4}, "rank 6 in 4 blocks: expected a multiple of the number of blocks"),
-        ({"rank_pattern": {"up": 3}, "blocks": 2}, "rank 3 in 2 blocks"),
+        ({"rank": 6, "blocks": 4}, "rank 6 in 4 blocks: expected multiples of the number of blocks"),
+        (
+            {"rank": 5, "rank_pattern": {"up": 3, "down": 4}, "blocks": 2},
+            r"rank 5, rank_pattern\['up'\] 3 in 2 blocks: expected multiples",
+        ),
     ],
 )
 def test_a_config_out_of_range_is_refused(options, message):
@@ -342,7 +356,11 @@ def test_bad_calls_are_refused_before_anything_changes():
         (LoraConfig(2, targets=("p",)), "a", r"targets \['p'\] fit no layer"),  # ends are cut at dots
         (LoraConfig(2), "a.b", "adapter name 'a.b': expected letters"),
         (LoraConfig(2), "keys", "adapter name 'keys': expected letters"),
-        (LoraConfig(4, blocks=2), "a", "blocks 2: expected 1, block-diagonal adapters are not supported"),
+        (
+            LoraConfig(4, targets=("query", "down", "embedding"), blocks=4),
+            "a",
+            r"blocks 4: embedding is an embedding: expected .*query has 10 outputs: expected .*down has 7 inputs",
+        ),
         (
             LoraConfig(4, targets=("embedding",), tie_head=True),
             "a",
