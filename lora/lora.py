@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lora.config import LoraConfig
+from lora.config import LoraConfig, is_number
 from lora.layers import Adapter, LoraEmbedding, LoraLayer, LoraLinear, new_factors, sizes
 from lora.targets import Place, adaptable_layers, places_of
 from minigpt.model import GPT
@@ -41,8 +41,8 @@ def add_adapter(model: GPT, config: LoraConfig, name: str = "default", seed: int
 
 def check_addition(model: GPT, config: LoraConfig, name: str) -> list[Place]:
     """The places of the adapter. Raises ValueError for whatever `add_adapter` refuses."""
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict, name):
-        raise ValueError(f"adapter name {name!r}: expected letters, digits, _ and -, and no method of a ModuleDict")
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ModuleDict(), name):
+        raise ValueError(f"adapter name {name!r}: expected letters, digits, _ and -, and no attribute of a ModuleDict")
     if name in adapter_names(model):
         raise ValueError(f"adapter {name!r} exists: expected another name, or remove it first")
     _check_unmerged(model)
@@ -121,7 +121,7 @@ def activate(model: GPT, names: Sequence[str] | str, weights: Sequence[float] | 
     weights = [1.0] * len(names) if weights is None else list(weights)
     if len(set(names)) < len(names) or len(weights) != len(names):
         raise ValueError(f"adapters {names} with weights {weights}: expected each name once, and a weight for each")
-    if wrong := [weight for weight in weights if not math.isfinite(weight)]:
+    if wrong := [weight for weight in weights if not is_number(weight) or not math.isfinite(weight)]:
         raise ValueError(f"weights {wrong}: expected finite numbers")
     for layer in lora_layers(model).values():
         layer.active = dict(zip(names, weights, strict=True))

@@ -2,9 +2,9 @@
 adapter_model.safetensors.
 
 A key is `base_model.model.<module of transformers>.lora_A.weight` (lora_B; of embeddings lora_embedding_A without
-`.weight`). Reading finds everything that is wrong before the model is touched, and lists it. Refused: kinds of adapters
-other than plain LoRA and options that change what one computes, each by its name; pickles; on writing, adapters that
-the format has no place for.
+`.weight`). A block-diagonal factor lies there as it does here, packed. Reading finds everything that is wrong before
+the model is touched, and lists it. Refused: kinds of adapters other than LoRA and BD-LoRA and options that change what
+one computes, each by its name; pickles; on writing, adapters that the format has no place for.
 """
 
 import json
@@ -21,6 +21,7 @@ from common.log import atomic_write
 from lora.config import LoraConfig
 from lora.layers import Adapter, factor_shapes
 from lora.lora import adapter_of, add_adapter, check_addition
+from lora.peft_blocks import Blocks
 from lora.targets import Place, adaptable_layers
 from minigpt.hf import read_json
 from minigpt.hf_config import GPT2, family_of
@@ -52,12 +53,14 @@ def load_adapter(model: GPT, path: Path, name: str = "default") -> LoraConfig:
     infinity, all of them listed.
     """
     path = Path(path)
-    config = config_from_peft(read_json(path / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}"), path / CONFIG)
-    tensors = _read_weights(path)
+    fields = read_config(path)
+    config, tensors = config_from_peft(fields, path / CONFIG), read_weights(path)
     try:
         places = check_addition(model, config, name)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+    if faults := Blocks.read(fields.get("use_bdlora")).faults(places):
+        raise ValueError(f"{path / CONFIG}: {'; '.join(faults)}")
     _check_tensors(path, model, config, places, tensors)
     add_adapter(model, config, name)
     with torch.no_grad():
@@ -76,8 +79,12 @@ def save_adapter(model: GPT, path: Path, name: str = "default") -> None:
     until adapter_config.json, the last file, is there, nobody takes the folder for an adapter.
     """
     path, parts = Path(path), adapter_of(model, name)
-    config = json.dumps(config_to_peft(model, name), indent=2) + "\n"
-    weights = save(_joined(parts), metadata={"format": "pt"})
+    write_adapter(path, json.dumps(config_to_peft(model, name), indent=2) + "\n", _joined(parts))
+
+
+def write_adapter(path: Path, config: bytes | str, tensors: dict[str, Tensor]) -> None:
+    """The two files, in the order that `save_adapter` promises; `config` is the content of adapter_config.json."""
+    weights = save(tensors, metadata={"format": "pt"})
     new = path / f".{WEIGHTS}.new"
     try:
         atomic_write(new, weights)
@@ -86,6 +93,11 @@ def save_adapter(model: GPT, path: Path, name: str = "default") -> None:
     finally:
         new.unlink(missing_ok=True)
     atomic_write(path / CONFIG, config)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The adapter_config.json of a folder, unchecked."""
+    return read_json(path / CONFIG, f"a folder with {CONFIG} and {WEIGHTS}")
 
 
 def config_from_peft(fields: dict[str, Any], where: Path | str = CONFIG) -> LoraConfig:
@@ -98,13 +110,20 @@ def config_from_peft(fields: dict[str, Any], where: Path | str = CONFIG) -> Lora
     init = fields.get("init_lora_weights", True)
     if not isinstance(init, bool | str) or init not in INITS:
         faults.append(f"init_lora_weights {init!r}: expected one of {', '.join(map(repr, INITS))}")
-    read = {theirs for theirs, _ in FIELDS.values()} | {"peft_type", "bias", "init_lora_weights", *NO_INFLUENCE.split()}
+    read = {"peft_type", "bias", "init_lora_weights", "use_bdlora", *NO_INFLUENCE.split()}
+    read |= {theirs for theirs, _ in FIELDS.values()}
     faults += [f"{key} {value!r}: not supported" for key, value in fields.items() if key not in read and _set(value)]
+    blocks = Blocks()
+    try:
+        blocks = Blocks.read(fields.get("use_bdlora"))
+    except ValueError as error:
+        faults.append(str(error))
     values = {ours: fields.get(theirs, default) for ours, (theirs, default) in FIELDS.items()}
     if isinstance(values["targets"], list):  # a set in PEFT: of no order
         values["targets"] = tuple(sorted(values["targets"], key=str))
+    init = INITS.get(init if isinstance(init, bool | str) else True, "kaiming")
     try:
-        config = LoraConfig(**values, init=INITS.get(init if isinstance(init, bool | str) else True, "kaiming"))
+        config = LoraConfig(**values, init=init, blocks=blocks.count)
     except ValueError as error:
         faults.append(str(error))
     if faults:
@@ -120,23 +139,17 @@ def _set(value: Any) -> bool:
 def config_to_peft(model: GPT, name: str) -> dict[str, Any]:
     """The adapter_config.json. Patterns that only fit our names become lists of whole names of transformers.
 
-    Raises ValueError for what PEFT cannot say: layers without a name in transformers, tie_head.
+    Raises ValueError for what PEFT cannot say: layers without a name in transformers, tie_head, blocks in GPT-2.
     """
-    parts = adapter_of(model, name)
+    parts, family = adapter_of(model, name), family_of(model.config)
     config = next(iter(parts.values()))[0].config
-    family = family_of(model.config)
-    if nameless := [layer for place in parts if place.theirs is None for layer in place.layers]:
-        raise ValueError(
-            f"{', '.join(nameless)}: part of one matrix in {family}: expected an adapter of the whole, target c_attn"
-        )
-    if config.tie_head:
-        raise ValueError("tie_head: PEFT's files have no adapter of embedding and head together")
+    _check_sayable(config, family, list(parts))
     targets, ranks, alphas = config.targets, dict(config.rank_pattern), dict(config.alpha_pattern)
     if not _same_by_theirs(model, config, list(parts)):
         targets = [place.theirs for place in parts]
         ranks = {place.theirs: config.rank_of(*place.names) for place in parts}
         alphas = {place.theirs: config.alpha_of(*place.names) for place in parts}
-    return {
+    fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": None,
@@ -152,6 +165,21 @@ def config_to_peft(model: GPT, name: str) -> dict[str, Any]:
         "fan_in_fan_out": family == GPT2,
         "init_lora_weights": "gaussian" if config.init == "gaussian" else True,
     }
+    if config.blocks > 1:  # older PEFT does not know the field
+        fields["use_bdlora"] = Blocks.of_places(config.blocks, list(parts)).written()
+    return fields
+
+
+def _check_sayable(config: LoraConfig, family: str, places: list[Place]) -> None:
+    """Raises ValueError for adapters that PEFT's files cannot hold."""
+    if config.blocks > 1 and family == GPT2:
+        raise ValueError(f"blocks {config.blocks} in {family}: PEFT has none beside its Conv1D layers, expected 1")
+    if nameless := [layer for place in places if place.theirs is None for layer in place.layers]:
+        raise ValueError(
+            f"{', '.join(nameless)}: part of one matrix in {family}: expected an adapter of the whole, target c_attn"
+        )
+    if config.tie_head:
+        raise ValueError("tie_head: PEFT's files have no adapter of embedding and head together")
 
 
 def _same_by_theirs(model: GPT, config: LoraConfig, places: list[Place]) -> bool:
@@ -178,7 +206,8 @@ def _joined(parts: dict[Place, list[Adapter]]) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_weights(path: Path) -> dict[str, Tensor]:
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The adapter_model.safetensors of a folder. Raises ValueError where there is none, or half of one."""
     file = path / WEIGHTS
     if not file.is_file():
         found = f"found {PICKLE}, a pickle, which can run any code: convert it first"
@@ -206,12 +235,15 @@ def _check_tensors(path: Path, model: GPT, config: LoraConfig, places: list[Plac
             expected[base] = tuple(tensors[base].shape)
     faults += [f"{key} is missing" for key in expected.keys() - tensors.keys()]
     faults += [f"{key} is unexpected" for key in tensors.keys() - expected.keys()]
+    exact = torch.promote_types(torch.float32, next(model.parameters()).dtype)  # of our adapters, see lora/layers.py
     for key in expected.keys() & tensors.keys():
         tensor, shape = tensors[key], expected[key]
         if tuple(tensor.shape) != shape:
             faults.append(f"{key} has shape {list(tensor.shape)}, expected {list(shape)}")
         if not tensor.dtype.is_floating_point:
             faults.append(f"{key} has dtype {tensor.dtype}, expected floating point")
+        elif torch.promote_types(tensor.dtype, exact) != exact:
+            faults.append(f"{key} has dtype {tensor.dtype}, expected at most {exact}, as the model's adapters are")
         elif not tensor.isfinite().all():
             faults.append(f"{key} has {int((~tensor.isfinite()).sum())} values that are NaN or infinite")
     if faults:

@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
-from peft import LoraConfig as PeftConfig
-from peft import PeftModel, get_peft_model
 from torch import nn
 
 from minigpt.hf import load_pretrained
 from minigpt.model import GPT
 from tests.minigpt.test_hf import gpt2, in_float64, llama, qwen3, random_hf, tokens
 
+peft = pytest.importorskip("peft")
 FAMILIES = {"gpt2": gpt2(n_inner=11), "llama": llama(), "qwen3": qwen3(head_dim=6, tie_word_embeddings=True)}
 FAMILIES["gpt2 untied"] = gpt2(tie_word_embeddings=False)
+BLOCKY = {"llama even": llama(vocab_size=32)}  # a head that blocks divide
 ATTENTION = {"gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "qwen3": ["q_proj", "k_proj", "o_proj"]}
 EVERYTHING = {
     "gpt2": ["c_attn", "c_proj", "c_fc", "wte", "wpe"],
@@ -32,7 +33,7 @@ LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 @cache
 def base(family: str) -> tuple[nn.Module, GPT]:
     """In float64, theirs and ours."""
-    theirs = random_hf(FAMILIES[family])
+    theirs = random_hf((FAMILIES | BLOCKY)[family])
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
         return theirs, load_pretrained(Path(folder)).eval()
@@ -55,17 +56,19 @@ class Pair:
             parameter.data = parameter.data.to(self.dtype)
         return model
 
-    def adapted(self, **options) -> PeftModel:
+    def adapted(self, **options) -> nn.Module:
         """A model with an adapter whose factors are all random."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fan_in_fan_out is set by itself; tied embeddings are not merged here
-            model = get_peft_model(self.theirs(), PeftConfig(**options))
+            model = peft.get_peft_model(self.theirs(), peft.LoraConfig(**options))
         return randomised(model).eval()
 
-    def loaded(self, folder: Path) -> PeftModel:
+    def loaded(self, folder: Path) -> nn.Module:
+        if "use_bdlora" in (folder / "adapter_config.json").read_text():
+            bd_lora_config()  # or skips
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return PeftModel.from_pretrained(self.theirs(), str(folder)).eval()
+            return peft.PeftModel.from_pretrained(self.theirs(), str(folder)).eval()
 
 
 @torch.no_grad()
@@ -78,11 +81,18 @@ def randomised(model: nn.Module, seed: int = 5) -> nn.Module:
     return model
 
 
-def save_theirs(model: PeftModel, folder: Path) -> Path:
+def save_theirs(model: nn.Module, folder: Path) -> Path:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder)
     return folder
+
+
+def bd_lora_config(**options):
+    """PEFT's BdLoraConfig; older ones have none, and the test is skipped."""
+    if not hasattr(peft, "BdLoraConfig"):
+        pytest.skip(f"peft {peft.__version__} has no BdLoraConfig")
+    return peft.BdLoraConfig(**options)
 
 
 def worst(ours: torch.Tensor, theirs: torch.Tensor) -> float:

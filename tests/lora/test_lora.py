@@ -356,6 +356,7 @@ def test_bad_calls_are_refused_before_anything_changes():
         (LoraConfig(2, targets=("p",)), "a", r"targets \['p'\] fit no layer"),  # ends are cut at dots
         (LoraConfig(2), "a.b", "adapter name 'a.b': expected letters"),
         (LoraConfig(2), "keys", "adapter name 'keys': expected letters"),
+        (LoraConfig(2), "training", "adapter name 'training': expected .* no attribute of a ModuleDict"),
         (
             LoraConfig(4, targets=("query", "down", "embedding"), blocks=4),
             "a",
@@ -378,6 +379,7 @@ def test_bad_calls_are_refused_before_anything_changes():
         (["default"], [1.0, 2.0], "expected each name once, and a weight for each"),
         (["default", "default"], None, "expected each name once"),
         ("default", [math.nan], r"weights \[nan\]: expected finite numbers"),
+        ("default", ["1"], r"weights \['1'\]: expected finite numbers"),
     ):
         with pytest.raises(ValueError, match=message):
             activate(model, names, weights)

@@ -170,7 +170,7 @@ UNSUPPORTED = {
     "modules_to_save": ["lm_head"],
     "layers_to_transform": 0,
     "exclude_modules": ["up_proj"],
-    "use_bdlora": {"nblocks": 2},
+    "use_bdlora": {"nblocks": 0},
     "lora_bias": True,
     "trainable_token_indices": [3],
     "an_option_of_tomorrow": 1,
@@ -223,6 +223,17 @@ def test_everything_wrong_with_the_tensors_is_listed_and_the_model_left_alone(ll
     assert f"{fourth} has dtype torch.int32, expected floating point" in said
     assert "layers.7.mlp.up_proj.lora_B.weight is unexpected" in said and said.count(";") == 4
     assert not lora_layers(model) and all(p.requires_grad for p in model.parameters())
+
+
+def test_an_adapter_that_would_be_rounded_is_refused(tmp_path):
+    pair, wide = Pair("llama", torch.float32), Pair("llama", torch.float64)
+    ours = wide.ours()
+    add_adapter(ours, LoraConfig(2, targets=("query",)))
+    save_adapter(ours, tmp_path / "adapter")
+    message = r"q_proj.lora_A.weight has dtype torch.float64, expected at most torch.float32"
+    with pytest.raises(ValueError, match=message):
+        load_adapter(pair.ours(), tmp_path / "adapter")
+    load_adapter(wide.ours(), tmp_path / "adapter")
 
 
 def test_adapters_of_other_models_and_unknown_targets_are_refused(llama_adapter):
