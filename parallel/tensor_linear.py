@@ -52,12 +52,26 @@ class RowLinear(nn.Linear):
             self.bias = part(whole.bias, ((0, whole.out_features),), region.comm.size)
 
     def forward(self, x_BTF: Tensor) -> Tensor:
-        x = self.region.leave(_Project.apply(x_BTF, None, self.weight, None)[0])
+        return self.leave(self.product(x_BTF))
+
+    def product(self, x_BTF: Tensor) -> Tensor:
+        """This rank's term of the sum, for those who have something to add to it before `leave`."""
+        return _Project.apply(x_BTF, None, self.weight, None)[0]
+
+    def leave(self, x_BTC: Tensor) -> Tensor:
+        """The layer's result, of the ranks' terms, which are spent."""
+        x = self.region.leave(x_BTC)
         return x if self.bias is None else x + self.bias.to(x.dtype)
 
 
-def project(x_BTC: Tensor, *layers: ColumnLinear) -> tuple[Tensor, ...]:
-    """What each of these layers makes of an x_BTC that nobody else reads, if `Region.enter` made it."""
+def project(x_BTC: Tensor, *layers: nn.Module) -> tuple[Tensor, ...]:
+    """What each of these layers makes of an x_BTC that nobody else reads, if `Region.enter` made it.
+
+    If one is no ColumnLinear, all are called one by one, and the sum of the gradient waits for the last of them.
+    """
+    if not all(isinstance(layer, ColumnLinear) for layer in layers):
+        x_BTC = x_BTC.view_as(x_BTC)  # without an arrival: no layer knows when the gradient is whole
+        return tuple(layer(x_BTC) for layer in layers)
     parameters = [p for layer in layers for p in (layer.weight, layer.bias)]
     return _Project.apply(x_BTC, getattr(x_BTC, "arrival", None), *parameters)
 
