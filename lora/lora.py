@@ -144,7 +144,9 @@ def merge(model: GPT) -> None:
         raise ValueError("merge without an active adapter: expected one, see activate")
     layers = lora_layers(model)
     if whole := [name for name, layer in layers.items() if not layer.weight.dtype.is_floating_point]:
-        raise ValueError(f"merge into {', '.join(whole)}: expected floating point weights, not quantised ones")
+        raise ValueError(
+            f"merge into quantised {', '.join(whole)}: expected dequantise_base of lora/qlora.py before it"
+        )
     for layer in layers.values():
         layer.merge()
 

@@ -77,18 +77,19 @@ def nf4_codes() -> Tensor:
 
 
 @cache
-def dynamic_codes() -> Tensor:
-    """The 256 codes of a signed 8-bit number of dynamic exponent, float32, on the CPU (Dettmers, 2015).
+def dynamic_codes(signed: bool = True) -> Tensor:
+    """The 256 codes of an 8-bit number of dynamic exponent, float32, on the CPU (Dettmers, 2015).
 
     Zeros after the sign count powers of ten; the one that ends them is followed by the bits of a fraction, which are
     the fewer the more zeros there are: 2**i equal parts of (0.1, 1) times 10**(i - 6), i from 0 to 6, of which a code
-    is the middle. Besides these 254 there are 0 and 1.
+    is the middle. Besides these 254 there are 0 and 1. Unsigned, the bit of the sign goes to the fraction: twice the
+    parts.
     """
     codes = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
+        edges = torch.linspace(0.1, 1, 2**i * (1 if signed else 2) + 1)
         middles = ((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)).tolist()
-        codes += [*middles, *(-middle for middle in middles)]
+        codes += [*middles, *(-middle for middle in middles if signed)]
     return torch.tensor(sorted(codes))
 
 

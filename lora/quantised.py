@@ -90,6 +90,11 @@ class QuantisedLinear(nn.Module):
         shape = self.out_features, self.in_features
         return ops.nf4_matmul(x, self.packed, self.absmax, shape, block=self.block, bias=bias, **self._second())
 
+    @property
+    def weight(self) -> Tensor:
+        """The packed bytes: where the layer is, and that its weight is no floating point one."""
+        return self.packed
+
     def _zeros(self) -> Tensor | None:
         return self.zeros if self.asymmetric else None
 

@@ -166,8 +166,8 @@ def block_activations(config: GPTConfig, plan: Plan, policy: Policy = "none") ->
     if config.qk_norm:
         inner += (1 + composite) * (HK + GK)
         statistics += (H + G) * (2 if config.norm == "layernorm" else 1) / plan.tp
-    if not plan.fused and config.positions == "rotary":
-        inner += HK  # the heads side by side again are a copy
+    if not plan.fused and config.qk_norm:
+        inner += HK  # attention's result lies as the norm left the queries, head by head: side by side is a copy
     return _bytes(plan, norms + inner / plan.tp, statistics + H / plan.tp)
 
 
