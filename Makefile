@@ -78,6 +78,7 @@ bench: native
 	$(RUN) -m cuda.bench_fused --device cpu --out $(OUT)
 	$(RUN) -m cuda.bench_triton --out $(OUT)
 	$(RUN) -m parallel.bench --out $(OUT)
+	$(RUN) -m lora.bench --device cpu --out $(OUT)
 	rm -rf build/scaling
 	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)
 
@@ -93,6 +94,7 @@ gpu: native
 	$(RUN) -m cuda.bench_other_products --device cuda --budget-s 50 --out $(OUT)
 	$(RUN) -m minigpt.bench --device cuda --rounds 7 --out $(OUT)
 	$(RUN) -m parallel.bench --device cuda --rounds 7 --out $(OUT)
+	$(RUN) -m lora.bench --device cuda --out $(OUT)
 	rm -rf build/speedrun
 	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)

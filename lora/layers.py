@@ -6,7 +6,7 @@ a copy of its weight, so merging costs the memory of the weight once more, and u
 A block-diagonal factor keeps its N blocks only, one below the other: A as (r, I/N), or B as (O, r/N).
 Refused: merging into weights that are not floating point.
 
-Shapes: B batch, T time, I inputs, O outputs, r rank, N blocks.
+Shapes: B batch, T time, M their product, I inputs, O outputs, r rank, N blocks.
 """
 
 import math
@@ -32,13 +32,14 @@ class Adapter(nn.Module):
         """A (r, I) and B (O, r), with the zeros off the blocks; gradients flow back to the blocks."""
         return unpacked(self.A, self.blocks_A), unpacked(self.B, self.blocks_B)
 
-    def added_to(self, total_BTO: Tensor, x_BTI: Tensor, scale: float) -> Tensor:
-        """total + scale * B A x. The scale multiplies the narrow A x, and blocks of B are added where they belong."""
-        low_BTr = block_linear(x_BTI, self.A, self.blocks_A) * scale
+    def added_to(self, total_MO: Tensor, x_MI: Tensor, scale: float) -> Tensor:
+        """total + scale * B A x, of matrices: the product adds to a copy of `total`, and no B A x of that size is made.
+        Not to `total` itself, which checkpointing may have kept. Blocks of B are added where they belong."""
+        low_Mr = block_linear(x_MI, self.A, self.blocks_A)
         if self.blocks_B == 1:
-            return total_BTO + F.linear(low_BTr, self.B)
-        total_BTNo = total_BTO.unflatten(-1, (self.blocks_B, -1))
-        return (total_BTNo + _block_products(low_BTr, self.B, self.blocks_B)).flatten(-2)
+            return torch.addmm(total_MO, low_Mr, self.B.T, alpha=scale)
+        total_MNo = total_MO.unflatten(-1, (self.blocks_B, -1))
+        return (total_MNo + _block_products(low_Mr * scale, self.B, self.blocks_B)).flatten(-2)
 
     def extra_repr(self) -> str:
         blocks = f", blocks={self.config.blocks}" if self.config.blocks > 1 else ""
@@ -164,18 +165,20 @@ class LoraLinear(LoraLayer):
         return self.base.out_features
 
     def forward(self, x_BTI: Tensor) -> Tensor:
-        y_BTO = self.base(x_BTI)
-        if self.kept is not None:
-            return y_BTO
-        total_BTO = y_BTO
-        for adapter, scale in self.chosen():
-            own_BTI, dropout = x_BTI, adapter.config.dropout
+        chosen = self.chosen() if self.kept is None else []
+        if not chosen:
+            return self.base(x_BTI)
+        x_MI = x_BTI.reshape(-1, x_BTI.shape[-1])
+        y_MO = total_MO = self.base(x_MI)
+        for adapter, scale in chosen:
+            own_MI, dropout = x_MI, adapter.config.dropout
             if self.training and dropout:  # which would copy x where there is nothing to drop
-                own_BTI = F.dropout(own_BTI, dropout)
+                own_MI = F.dropout(own_MI, dropout)
             if not torch.is_autocast_enabled(x_BTI.device.type):  # which chooses the dtype itself
-                own_BTI = own_BTI.to(adapter.A.dtype)
-            total_BTO = adapter.added_to(total_BTO, own_BTI, scale)
-        return total_BTO.to(y_BTO.dtype)
+                own_MI = own_MI.to(adapter.A.dtype)
+                total_MO = total_MO.to(adapter.A.dtype)
+            total_MO = adapter.added_to(total_MO, own_MI, scale)
+        return total_MO.to(y_MO.dtype).reshape(*x_BTI.shape[:-1], self.out_features)
 
 
 class LoraEmbedding(LoraLayer):
