@@ -1,10 +1,10 @@
-"""The operations that exist in Triton alone, beside torch and others: `python -m cuda.bench_other_products`.
+"""Products that exist in Triton alone, and batched LoRA, beside others: `python -m cuda.bench_other_products`.
 
 On a GPU: every competitor's result is compared with torch's, and those that are right are timed in turn. A row has
 microseconds, TFLOP/s, GB/s and the share of the limit, which is the time of the FLOPs at the data sheet's peak, or that
 of the bytes at the speed of a copy, whichever is longer. The run keeps to a budget of time, in which the kernels are
 compiled too, and says what it left out. Results go to results/cuda/. On a CPU nothing is timed or filed: all results
-are compared at small sizes, ours by Triton's interpreter. A competitor that fails loses its own rows alone.
+are compared at small sizes, ours by Triton's interpreter or the CPU model. A competitor that fails loses its own rows.
 Refused: timing what is wrong. The exit code is 1 where ours is wrong or fails, and on a CPU where a peer is wrong too.
 """
 
@@ -192,7 +192,7 @@ def check_cpu(config: BenchConfig) -> int:
 
 
 def main() -> int:
-    config = cli.parse(BenchConfig, prog=cli.program(), description="what exists in Triton alone, beside torch")
+    config = cli.parse(BenchConfig, prog=cli.program(), description="special products, beside torch")
     device = ladder.device_of(config.device)
     return bench_cuda(config) if device == "cuda" else check_cpu(config)
 

@@ -3,16 +3,18 @@
     y = lora_bgmv(x, a_pool, b_pool, indices, scales)                  # decoding: an adapter for each row
     lora_bgmv(x, a_pool, b_pool, indices, scales, ranks, y=y)          # y += ..., in place
     y = lora_sgmv(x, a_pool, b_pool, segments, indices, scales)        # rows sorted by adapter; differentiable
+    y = lora_sgmv(x, a_pool, b_pool, segments, indices, scales, kernels="triton")
 
 A row of adapter i gets scales[i] * (x A_i^T) B_i^T, a row of adapter -1 nothing. Adapters of all ranks lie in one pool
-of the largest rank; `ranks` says how much of each counts, and what lies past it may be anything. The kernels are in
-Triton alone (triton_lora.py): CPU tensors run in its interpreter, CUDA tensors on the GPU. x A^T stays float32 in
-between.
+of the largest rank; `ranks` says how much of each counts, and what lies past it may be anything. Kernels in CUDA
+C++ (fused/lora_rows.cu, lora_segments.cu, lora_outer.cu) and in Triton (triton_lora.py) do the same, gradients
+included. x A^T stays float32 in between. Tensors may have any strides; without elements side by side at multiples of
+16 bytes, kernels read element by element.
 
 Refused with a ValueError: types other than float32, bfloat16 and float16, or different ones; shapes that do not fit;
 tensors on two devices; gradients where there are none; and ids of adapters, ranks and segments that do not exist. On a
 GPU, which a look would wait for, these are looked at with check=True alone; without it they would be wild reads. With a
-RuntimeError: gradients of gradients, Triton where it is not installed.
+RuntimeError: gradients of gradients, a module that is not built, Triton where it is not installed.
 """
 
 from itertools import pairwise
@@ -20,9 +22,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cuda.device import DTYPES, place
+from cuda.device import DTYPES, Kernels, check_kernels, place
 
-MOST_SEGMENTS = 4096  # each program looks at all of them at once, in registers
+MOST_SEGMENTS = 4096  # in Triton each program looks at all of them at once, in registers
+PART_BYTES = 1024  # of a row of x, that a block of lora_bgmv has in CUDA C++: fused/lora_rows.cu
+MOST_PARTS, LEAST_PART = 4, 512  # of `in` in lora_sgmv, and columns of each: about two blocks for each multiprocessor
 
 
 def lora_bgmv(
@@ -35,6 +39,7 @@ def lora_bgmv(
     *,
     y: Tensor | None = None,
     check: bool = False,
+    kernels: Kernels = "cuda",
 ) -> Tensor:
     """x (rows, in), a_pool (adapters, most, in), b_pool (adapters, out, most), of one type; indices (rows,) int32;
     scales (adapters,) float32; ranks (adapters,) int32, or None where all adapters are of rank `most` or padded with
@@ -42,10 +47,11 @@ def lora_bgmv(
 
     The bits of a row do not depend on the rest of the batch. There is no gradient; for training take lora_sgmv.
     """
+    check_kernels(kernels)
     _refuse_gradients("lora_bgmv is for inference", x=x, a_pool=a_pool, b_pool=b_pool, scales=scales, y=y)
     if y is None:
-        return _bgmv(x, a_pool, b_pool, indices, scales, ranks, check)
-    _bgmv_add(y, x, a_pool, b_pool, indices, scales, ranks, check)
+        return _bgmv(x, a_pool, b_pool, indices, scales, ranks, check, kernels)
+    _bgmv_add(y, x, a_pool, b_pool, indices, scales, ranks, check, kernels)
     return y
 
 
@@ -60,6 +66,7 @@ def lora_sgmv(
     *,
     y: Tensor | None = None,
     check: bool = False,
+    kernels: Kernels = "cuda",
 ) -> Tensor:
     """The same where segments[s] to segments[s + 1] - 1 are the rows of adapter indices[s]: segments (S + 1,) int32,
     from 0 to the number of rows, never falling, and indices (S,) int32. An adapter may have several segments.
@@ -67,11 +74,12 @@ def lora_sgmv(
     Without y there are gradients for x, a_pool and b_pool, the same bits every time; past an adapter's rank, and for
     adapters that have no row, they are 0.
     """
+    check_kernels(kernels)
     _refuse_gradients("no gradient goes into the scales", scales=scales)
     if y is None:
-        return _sgmv(x, a_pool, b_pool, segments, indices, scales, ranks, check)
+        return _sgmv(x, a_pool, b_pool, segments, indices, scales, ranks, check, kernels)
     _refuse_gradients("with y= it adds in place", x=x, a_pool=a_pool, b_pool=b_pool, y=y)
-    _sgmv_add(y, x, a_pool, b_pool, segments, indices, scales, ranks, check)
+    _sgmv_add(y, x, a_pool, b_pool, segments, indices, scales, ranks, check, kernels)
     return y
 
 
@@ -152,7 +160,7 @@ def _empty(x: Tensor, b_pool: Tensor) -> Tensor:
     return x.new_empty((x.shape[0], b_pool.shape[1]))
 
 
-def _run(x, a_pool, b_pool, segments, indices, scales, ranks, y, add, check) -> None:
+def _run(x, a_pool, b_pool, segments, indices, scales, ranks, y, add, check, kernels) -> None:
     """bgmv, or where there are segments sgmv."""
     _check(x, a_pool, b_pool, segments, indices, scales, ranks, y)
     _check_values(x, a_pool, segments, indices, ranks, check)
@@ -162,26 +170,48 @@ def _run(x, a_pool, b_pool, segments, indices, scales, ranks, y, add, check) -> 
         if not add:
             y.zero_()
         return
+    here = place(x.device, kernels=kernels)
     given = {} if segments is None else {"segments": segments.contiguous()}
-    place(x.device, kernels="triton").run(
+    if kernels == "cuda":
+        given["workspace"] = _workspace(x, a_pool.shape[1], segments, here.multiprocessors)
+    here.run(
         "lora_bgmv" if segments is None else "lora_sgmv", x=x, a_pool=a_pool, b_pool=b_pool,
         indices=indices.contiguous(), scales=scales.contiguous(), ranks=None if ranks is None else ranks.contiguous(),
         y=y, add=add, **given,
     )  # fmt: skip
 
 
+def _workspace(x: Tensor, most: int, segments: Tensor | None, multiprocessors: int) -> Tensor:
+    """For x A^T between the two kernels in CUDA C++, float32: (parts of `in`, rows, ranks in multiples of 8)."""
+    (rows, width), ranks = x.shape, -(-most // 8) * 8
+    if segments is None:
+        parts = -(-width * x.element_size() // PART_BYTES)
+    else:
+        count = segments.shape[0] - 1
+        tiles = rows // (64 if rows >= 32 * count else 16) + count
+        parts = min(MOST_PARTS, -(-2 * multiprocessors // tiles), -(-width // LEAST_PART))
+    return x.new_empty((parts, rows, ranks), dtype=torch.float32)
+
+
 @torch.library.custom_op("groundup::lora_bgmv", mutates_args=(), device_types=("cpu", "cuda"))
 def _bgmv(
-    x: Tensor, a_pool: Tensor, b_pool: Tensor, indices: Tensor, scales: Tensor, ranks: Tensor | None, check: bool
+    x: Tensor,
+    a_pool: Tensor,
+    b_pool: Tensor,
+    indices: Tensor,
+    scales: Tensor,
+    ranks: Tensor | None,
+    check: bool,
+    kernels: str = "cuda",
 ) -> Tensor:
     _check(x, a_pool, b_pool, None, indices, scales, ranks)
     y = _empty(x, b_pool)
-    _run(x, a_pool, b_pool, None, indices, scales, ranks, y, False, check)
+    _run(x, a_pool, b_pool, None, indices, scales, ranks, y, False, check, kernels)
     return y
 
 
 @_bgmv.register_fake
-def _(x, a_pool, b_pool, indices, scales, ranks, check):
+def _(x, a_pool, b_pool, indices, scales, ranks, check, kernels="cuda"):
     _check(x, a_pool, b_pool, None, indices, scales, ranks)
     return _empty(x, b_pool)
 
@@ -196,12 +226,13 @@ def _bgmv_add(
     scales: Tensor,
     ranks: Tensor | None,
     check: bool,
+    kernels: str = "cuda",
 ) -> None:
-    _run(x, a_pool, b_pool, None, indices, scales, ranks, y, True, check)
+    _run(x, a_pool, b_pool, None, indices, scales, ranks, y, True, check, kernels)
 
 
 @_bgmv_add.register_fake
-def _(y, x, a_pool, b_pool, indices, scales, ranks, check):
+def _(y, x, a_pool, b_pool, indices, scales, ranks, check, kernels="cuda"):
     _check(x, a_pool, b_pool, None, indices, scales, ranks, y)
 
 
@@ -215,15 +246,16 @@ def _sgmv(
     scales: Tensor,
     ranks: Tensor | None,
     check: bool,
+    kernels: str = "cuda",
 ) -> Tensor:
     _check(x, a_pool, b_pool, segments, indices, scales, ranks)
     y = _empty(x, b_pool)
-    _run(x, a_pool, b_pool, segments, indices, scales, ranks, y, False, check)
+    _run(x, a_pool, b_pool, segments, indices, scales, ranks, y, False, check, kernels)
     return y
 
 
 @_sgmv.register_fake
-def _(x, a_pool, b_pool, segments, indices, scales, ranks, check):
+def _(x, a_pool, b_pool, segments, indices, scales, ranks, check, kernels="cuda"):
     _check(x, a_pool, b_pool, segments, indices, scales, ranks)
     return _empty(x, b_pool)
 
@@ -239,12 +271,13 @@ def _sgmv_add(
     scales: Tensor,
     ranks: Tensor | None,
     check: bool,
+    kernels: str = "cuda",
 ) -> None:
-    _run(x, a_pool, b_pool, segments, indices, scales, ranks, y, True, check)
+    _run(x, a_pool, b_pool, segments, indices, scales, ranks, y, True, check, kernels)
 
 
 @_sgmv_add.register_fake
-def _(y, x, a_pool, b_pool, segments, indices, scales, ranks, check):
+def _(y, x, a_pool, b_pool, segments, indices, scales, ranks, check, kernels="cuda"):
     _check(x, a_pool, b_pool, segments, indices, scales, ranks, y)
 
 
@@ -267,32 +300,39 @@ def _sgmv_backward(
     scales: Tensor,
     ranks: Tensor | None,
     wanted: list[bool],
+    kernels: str = "cuda",
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _gradients(wanted, x, a_pool, b_pool)
     if 0 in x.shape or 0 in dy.shape or indices.shape[0] == 0:
         return tuple(grad.zero_() for grad in grads)
-    names = ("dx", "da_pool", "db_pool")
-    place(x.device, kernels="triton").run(
+    here = place(x.device, kernels=kernels)
+    given = dict(zip(("dx", "da_pool", "db_pool"), grads, strict=True))
+    given = {name: grad for (name, grad), want in zip(given.items(), wanted, strict=True) if want}
+    if kernels == "cuda":
+        for name, rows in (("workspace_dy", dy), ("workspace_x", x)):
+            given[name] = _workspace(rows, a_pool.shape[1], segments, here.multiprocessors)
+    here.run(
         "lora_sgmv_backward", dy=dy, x=x, a_pool=a_pool, b_pool=b_pool, segments=segments.contiguous(),
         indices=indices.contiguous(), scales=scales.contiguous(), ranks=None if ranks is None else ranks.contiguous(),
-        **{name: grad for name, grad, want in zip(names, grads, wanted, strict=True) if want},
+        **given,
     )  # fmt: skip
     return tuple(grads)
 
 
 @_sgmv_backward.register_fake
-def _(dy, x, a_pool, b_pool, segments, indices, scales, ranks, wanted):
+def _(dy, x, a_pool, b_pool, segments, indices, scales, ranks, wanted, kernels="cuda"):
     return tuple(_gradients(wanted, x, a_pool, b_pool))
 
 
 def _keep(ctx, inputs, output) -> None:
-    ctx.save_for_backward(*inputs[:-1])
+    *tensors, _, ctx.kernels = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx, dy):
     wanted = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.groundup.lora_sgmv_backward(dy, *ctx.saved_tensors, wanted)
-    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 5)
+    grads = torch.ops.groundup.lora_sgmv_backward(dy, *ctx.saved_tensors, wanted, ctx.kernels)
+    return (*(grad if want else None for grad, want in zip(grads, wanted, strict=True)), *[None] * 6)
 
 
 _sgmv.register_autograd(_backward, setup_context=_keep)

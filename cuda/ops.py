@@ -6,8 +6,8 @@
     loss = ops.linear_cross_entropy(x, head.weight, targets)
     y = ops.rms_norm(x, gain, kernels="triton")           # the same operation by the kernels in Triton
 
-Written in Triton alone: products in fp8, grouped products, batched LoRA, quantised weights. What each takes, computes
-and refuses stands in its own file. Optimizers: optim.py; modules: layers.py and linear.py.
+Written in Triton alone: products in fp8, grouped products, quantised weights. What each takes, computes and refuses
+stands in its own file. Optimizers: optim.py; modules: layers.py and linear.py.
 """
 
 from cuda.attention_ops import HEAD_DIMS, TRITON_HEAD_DIMS, attention, causal_attention

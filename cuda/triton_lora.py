@@ -6,7 +6,7 @@ bits every time. lora_bgmv has an adapter for each row (decoding): a product of 
 and B. lora_sgmv has rows sorted by adapter (prefill, training): tiles of rows on tensor cores; each program finds its
 tile by the segments' lengths itself, so that nothing waits for the GPU. Ranks differ from adapter to adapter: what is
 past a rank does not count, and is read only where it fills up 16 bytes. Gradients: triton_lora_gradients.py. What is
-refused stands in lora_ops.py; there is no version in CUDA C++.
+refused stands in lora_ops.py. In CUDA C++: fused/lora_rows.cu and lora_segments.cu.
 """
 
 import triton

@@ -2,7 +2,7 @@
 
 That of x is the forward pass with B and A in turned-round roles. That of an A is a product over all rows of its
 adapter, in few tiles: programs share the rows of a tile (triton_parts.py). The same bits every time. What is refused
-stands in lora_ops.py; there is no version in CUDA C++.
+stands in lora_ops.py. In CUDA C++: fused/lora_outer.cu.
 """
 
 import torch

@@ -1,10 +1,10 @@
-"""The cases of the benchmark of what exists in Triton alone: what is computed, by whom else, FLOPs and bytes to move.
+"""The cases of the benchmark of special products: what is computed, by whom else, FLOPs and bytes to move.
 
-Products in float8, grouped products, products with matrices of 4 and 8 bits, batched LoRA; attention_decode, beside the
-one in CUDA C++. Operands are bfloat16, random, the same for all competitors. Bytes are those that have to move, each
-operand read once and each result written once in the formats of ours: a peer that reads more shows as fewer GB/s. What
-a peer wants prepared once for many calls, such as a matrix unpacked or packed its way, is not timed. A peer that is not
-in this torch, or not installed, raises when it is made.
+Products in float8, grouped products, products with matrices of 4 and 8 bits, which exist in Triton alone; batched LoRA
+and attention_decode in Triton and in CUDA C++. Operands are bfloat16, random, the same for all competitors. Bytes are
+those that have to move, each operand read once and each result written once in the formats of ours: a peer that reads
+more shows as fewer GB/s. What a peer wants prepared once for many calls, such as a matrix unpacked or packed its way,
+is not timed. A peer that is not in this torch, or not installed, raises when it is made.
 """
 
 import math
@@ -363,9 +363,12 @@ def _lora(device: str, sizes: Sizes, counts: list[int]) -> Case:
     def gathered() -> Tensor:
         return torch.bmm(torch.bmm(x[:, None], a[indices].mT), scaled[indices].mT)[:, 0]
 
+    ours = {}
+    for kernels in ("cuda", "triton"):
+        ours[f"{kernels}, bgmv"] = call(ops.lora_bgmv, x, a, b, indices, scales, kernels=kernels)
+        ours[f"{kernels}, sgmv"] = call(ops.lora_sgmv, x, a, b, segments, everyone, scales, kernels=kernels)
     return Case(
-        {"triton, bgmv": call(ops.lora_bgmv, x, a, b, indices, scales),
-         "triton, sgmv": call(ops.lora_sgmv, x, a, b, segments, everyone, scales)},
+        ours,
         {"torch.matmul, a loop": lambda: loop(x, a, scaled), "torch.bmm of gathered adapters": call(gathered)},
         loop(x.float(), a.float(), scaled.float()),
         4 * batch * rank * width, 2 * 2 * width * (len(counts) * rank + batch),

@@ -195,9 +195,9 @@ def _adapters() -> Iterator[Configuration]:
 
     def trained() -> None:
         leaves = [t.detach().requires_grad_() for t in (x, a, b)]
-        torch.autograd.grad(ops.lora_sgmv(*leaves, starts, ids, scales), leaves, x)
+        torch.autograd.grad(ops.lora_sgmv(*leaves, starts, ids, scales, kernels="triton"), leaves, x)
 
-    yield Configuration("lora_bgmv", "8 rows", "", lambda: ops.lora_bgmv(x[:8], a, b, ids, scales))
+    yield Configuration("lora_bgmv", "8 rows", "", lambda: ops.lora_bgmv(x[:8], a, b, ids, scales, kernels="triton"))
     yield Configuration("lora_sgmv", "4096 rows, gradients", "", trained)
 
 

@@ -116,7 +116,7 @@ def decode() -> torch.Tensor:
 def sgmv() -> torch.Tensor:
     pools = randn(3, 8, 40), randn(3, 24, 8)
     segments, adapters = torch.tensor([0, 5, 9], dtype=torch.int32), torch.tensor([2, 0], dtype=torch.int32)
-    return ops.lora_sgmv(randn(9, 40), *pools, segments, adapters, torch.ones(3))
+    return ops.lora_sgmv(randn(9, 40), *pools, segments, adapters, torch.ones(3), kernels="triton")
 
 
 def packed() -> torch.Tensor:
@@ -140,9 +140,8 @@ def eight_bits() -> None:
 
 def bgmv() -> torch.Tensor:
     pools = torch.randn(3, 8, 40).to(BF16), torch.randn(3, 24, 8).to(BF16)
-    return ops.lora_bgmv(
-        randn(5, 40).detach(), *pools, torch.tensor([2, -1, 0, 0, 1], dtype=torch.int32), torch.ones(3)
-    )
+    adapters = torch.tensor([2, -1, 0, 0, 1], dtype=torch.int32)
+    return ops.lora_bgmv(randn(5, 40).detach(), *pools, adapters, torch.ones(3), kernels="triton")
 
 
 def nf4(rows: int) -> torch.Tensor:

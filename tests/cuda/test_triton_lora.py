@@ -1,11 +1,11 @@
 """Batches that mix LoRA adapters, in Triton: bgmv and sgmv against the definition in float64, gradients included.
 
-A result may be one rounding away from the definition. What is past an adapter's rank is NaN in the pools, and so is
-what lies beside each row: whoever reads there fails. What is compiled for Hopper is read at the end.
+What is compiled for Hopper is read at the end. What a batch is, and how close is close: lora_cases.py.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -13,109 +13,14 @@ import torch
 pytest.importorskip("triton", reason="pip install triton")
 
 from cuda import lora_ops, triton_lora, triton_lora_gradients
-from cuda.lora_ops import lora_bgmv, lora_sgmv
 from cuda.triton_compat import compiling
-from tests.cuda import sass
+from tests.cuda import lora_cases, sass
+from tests.cuda.lora_cases import BATCHES, DTYPES, TILES, Batch, close, definition, wanted
 from tests.cuda.products import DEVICES
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-HALF = {torch.float32: 2**-24, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of a number: one rounding
-SLACK = {torch.float32: 2**-20, torch.bfloat16: 2**-15, torch.float16: 2**-17}  # of the largest: sums before it
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """`segments`: (adapter, rows) one after the other; an adapter of -1 is none. `most`: the rank of the pools."""
-
-    segments: tuple[tuple[int, int], ...] = ((1, 3), (0, 0), (-1, 2), (0, 9), (3, 1), (4, 2), (1, 2))
-    ranks: tuple[int, ...] = (24, 8, 1, 0, 13)
-    most: int = 24
-    width: int = 600
-    out: int = 333
-    dtype: torch.dtype = torch.bfloat16
-    device: str = "cpu"
-    padding: float = math.nan
-
-    def arrays(self) -> dict[str, torch.Tensor]:
-        """x, a_pool, b_pool, scales, ranks and y; indices of rows for bgmv, segments and `of_segments` for sgmv."""
-        generator = torch.Generator().manual_seed(0)
-
-        def normal(*shape):
-            wide = torch.full((*shape[:-1], shape[-1] + 8), math.nan)
-            wide[..., :-8] = torch.randn(shape, generator=generator)
-            return wide.to(self.device, self.dtype)[..., :-8]
-
-        count, lengths = len(self.ranks), torch.tensor([0, *(rows for _, rows in self.segments)])
-        adapters = torch.tensor([adapter for adapter, _ in self.segments], dtype=torch.int32)
-        rows = int(lengths.sum())
-        a_pool, b_pool = normal(count, self.most, self.width), normal(count, self.out, self.most)
-        a_pool *= max(self.width, 1) ** -0.5
-        for i, rank in enumerate(self.ranks):
-            a_pool[i, rank:], b_pool[i, :, rank:] = self.padding, self.padding
-        found = {"x": normal(rows, self.width), "a_pool": a_pool, "b_pool": b_pool, "y": normal(rows, self.out)}
-        small = {
-            "scales": torch.rand(count, generator=generator) + 0.5,
-            "ranks": torch.tensor(self.ranks, dtype=torch.int32),
-            "indices": adapters.repeat_interleave(lengths[1:]),
-            "segments": lengths.cumsum(0).int(),
-            "of_segments": adapters,
-        }
-        return found | {name: x.to(self.device) for name, x in small.items()}
-
-
-def definition(x, a_pool, b_pool, indices, scales) -> torch.Tensor:
-    """What is added to y, with pools that are 0 past the ranks; differentiable."""
-    a, b = a_pool[indices.clamp_min(0).long()], b_pool[indices.clamp_min(0).long()]
-    scale = torch.where(indices < 0, 0.0, scales[indices.clamp_min(0).long()])
-    return scale[:, None] * (b @ (a @ x[..., None]))[..., 0]
-
-
-def wanted(a: dict) -> torch.Tensor:
-    return definition(a["x"].double(), a["a_pool"].double().nan_to_num(), a["b_pool"].double().nan_to_num(),
-                      a["indices"], a["scales"].double())  # fmt: skip
-
-
-def close(got, want):
-    assert got.shape == want.shape
-    if want.numel():
-        limit = HALF[got.dtype] * want.abs() + SLACK[got.dtype] * want.abs().max() + 1e-30
-        worst = ((got.double() - want).abs() / limit).max().item()
-        assert worst <= 1.0, worst
-
-
-def bgmv(a: dict, **options):
-    return lora_bgmv(a["x"], a["a_pool"], a["b_pool"], a["indices"], a["scales"], a["ranks"], **options)
-
-
-def sgmv(a: dict, **options):
-    given = (a["segments"], a["of_segments"], a["scales"], a["ranks"])
-    return lora_sgmv(a["x"], a["a_pool"], a["b_pool"], *given, **options)
-
-
-OPERATIONS = {"bgmv": bgmv, "sgmv": sgmv}
-BATCHES = {
-    "mixed": Batch(),
-    "none": Batch(segments=((-1, 5), (-1, 1))),
-    "one adapter": Batch(segments=((2, 6),)),
-    "distinct": Batch(segments=tuple((i, 1) for i in (4, 0, 3, 2, 1))),
-    "one row": Batch(segments=((0, 1),), width=1, out=1, ranks=(1,), most=1),
-    "full ranks": Batch(ranks=(16,) * 5, most=16, width=1024, out=256),
-    "rank 64": Batch(ranks=(64, 40, 3, 1, 64), most=64, width=129, out=70),
-    "rank 200": Batch(segments=((0, 40), (1, 2)), ranks=(200, 77), most=200, width=90, out=70),
-    "rank 100, float32": Batch(
-        segments=((0, 4), (1, 2)), ranks=(100, 77), most=100, width=9, out=7, dtype=torch.float32
-    ),
-}
-TILES = Batch(segments=((1, 3), (-1, 5), (0, 130)), width=150, out=140)  # segments long enough for tiles of 64 rows
-CASES = {
-    **{f"{o}, {name}": (f, batch) for name, batch in BATCHES.items() for o, f in OPERATIONS.items()},
-    **{
-        f"{o}, mixed, {dtype}": (f, Batch(dtype=dtype))
-        for o, f in OPERATIONS.items()
-        for dtype in (torch.float32, torch.float16)
-    },
-    **{f"sgmv, tiles of 64 rows, {dtype}": (sgmv, replace(TILES, dtype=dtype)) for dtype in DTYPES},
-}
+OPERATIONS, CASES = lora_cases.operations("triton"), lora_cases.cases("triton")
+bgmv, sgmv = OPERATIONS.values()
+lora_bgmv, lora_sgmv = partial(lora_ops.lora_bgmv, kernels="triton"), partial(lora_ops.lora_sgmv, kernels="triton")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -308,11 +213,11 @@ def test_opcheck():
     leaves = [x.clone().requires_grad_() for x in pools]
     rows, segments = [a["indices"]], [a["segments"], a["of_segments"]]
     for operation, given in (
-        (lora_ops._bgmv, (*pools, *rows, *rest, True)),
-        (lora_ops._bgmv_add, (a["y"], *pools, *rows, *rest, True)),
-        (lora_ops._sgmv, (*leaves, *segments, *rest, True)),
-        (lora_ops._sgmv_add, (a["y"], *pools, *segments, *rest, True)),
-        (lora_ops._sgmv_backward, (a["y"], *pools, *segments, *rest, [True, False, True])),
+        (lora_ops._bgmv, (*pools, *rows, *rest, True, "triton")),
+        (lora_ops._bgmv_add, (a["y"], *pools, *rows, *rest, True, "triton")),
+        (lora_ops._sgmv, (*leaves, *segments, *rest, True, "triton")),
+        (lora_ops._sgmv_add, (a["y"], *pools, *segments, *rest, True, "triton")),
+        (lora_ops._sgmv_backward, (a["y"], *pools, *segments, *rest, [True, False, True], "triton")),
     ):
         assert set(torch.library.opcheck(operation, given).values()) == {"SUCCESS"}
 
@@ -408,7 +313,7 @@ MACHINE_CODE = {
     "sgmv, rank 16": (lambda y: lora_sgmv(*zeros(512, 512, 1024, 16, 4), y=y), 512, ["HGMMA"] * 2),
     "sgmv, rank 64, few rows": (lambda y: lora_sgmv(*zeros(64, 512, 1024, 64, 4), y=y), 64, [r"HMMA\.16816"] * 2),
     "gradients": (
-        lambda y: lora_ops._sgmv_backward(y, *zeros(512, 512, 1024, 16, 4), [True] * 3),
+        lambda y: lora_ops._sgmv_backward(y, *zeros(512, 512, 1024, 16, 4), [True] * 3, "triton"),
         512,
         ["HGMMA", "HGMMA", r"HMMA\.16816", "FADD", "HGMMA", r"HMMA\.16816", "FADD"],
     ),

@@ -88,12 +88,15 @@ PTX_INLINE void red_add(float* pointer, float x SIMT_SITE) {
 }
 
 // ---- 16-byte global accesses with a cache policy ----
-PTX_INLINE uint4 load_nc_v4(const void* pointer) {
-  uint4 v;
-  PTX(asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
-                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-                   : "l"(pointer)),
-      v = *static_cast<const uint4*>(pointer));
+// Of what nobody writes while the grid runs, where `inside`, else zeros: under a predicate. A branch around each load
+// would let one wait for the other.
+PTX_INLINE uint4 load_nc_v4_if(bool inside, const void* pointer) {
+  uint4 v = {0, 0, 0, 0};
+  PTX(asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %5, 0;\n"
+                   "@p ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];\n}"
+                   : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+                   : "l"(pointer), "r"(int(inside))),
+      if (inside) v = *static_cast<const uint4*>(pointer));
   return v;
 }
 // As *pointer, which nvcc may split.
