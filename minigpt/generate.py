@@ -8,7 +8,7 @@ the context, tokens outside the vocabulary, empty stop strings.
 Shapes: B rows, T time, C width, V vocabulary.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -25,11 +25,22 @@ class Rows:
     First `push` tokens to the rows, then `logits`, and so on. The keys and values of what the model has read stay in
     the cache; what a row has beyond them is read at the next `logits`. A batch reads prompts of any lengths first,
     later one token a row and round; a single row reads any number at any time. `capacity` (the context if not given)
-    is how many tokens a row will hold at most.
+    is how many tokens a row will hold at most. `numbers` are the rows of the first batch that are still there, in the
+    order of this one; `on_rows` is told before each pass of the model which of those it reads, for models that treat
+    rows differently.
     """
 
-    def __init__(self, model: GPT, batch: int, *, capacity: int | None = None, use_cache: bool = True):
-        self.model, self.context = model, model.config.context
+    def __init__(
+        self,
+        model: GPT,
+        batch: int,
+        *,
+        capacity: int | None = None,
+        use_cache: bool = True,
+        on_rows: Callable[[Sequence[int]], None] | None = None,
+    ):
+        self.model, self.context, self.on_rows = model, model.config.context, on_rows
+        self.numbers = list(range(batch))
         self.device = next(model.parameters()).device
         self.windows: list[list[int]] = [[] for _ in range(batch)]
         self.cache = KVCache(batch, min(self.context, capacity or self.context), self.device) if use_cache else None
@@ -55,6 +66,7 @@ class Rows:
     def keep(self, rows: Sequence[int]) -> None:
         """The other rows leave the batch."""
         self.windows = [self.windows[row] for row in rows]
+        self.numbers = [self.numbers[row] for row in rows]
         if self.cache is not None:
             self.cache.keep(rows)
 
@@ -70,6 +82,7 @@ class Rows:
         return self._read([w[held:] for w, held in zip(self.windows, self.cache.lengths, strict=True)], self.cache)
 
     def _refill(self, row: int, tokens: list[int]) -> None:
+        self._announce([self.numbers[row]])
         alone = KVCache(1, len(tokens), self.device)
         self.model.hidden(torch.tensor([tokens], device=self.device), cache=alone)
         self.cache.put(row, alone)
@@ -80,11 +93,16 @@ class Rows:
         assert min(counts) > 0, "a row without a new token"
         held = cache.lengths if cache is not None else []
         padded = [tokens + [0] * (max(counts) - len(tokens)) for tokens in unread]
+        self._announce(self.numbers)
         x_BTC = self.model.hidden(torch.tensor(padded, device=self.device), cache=cache)
         if cache is not None and len(set(counts)) > 1:
             cache.truncate([old + new for old, new in zip(held, counts, strict=True)])
         last_BC = x_BTC[range(len(counts)), [count - 1 for count in counts]]
         return self.model.logits(last_BC[:, None])[:, 0]
+
+    def _announce(self, numbers: list[int]) -> None:
+        if self.on_rows is not None:
+            self.on_rows(numbers)
 
 
 def generate(
@@ -97,12 +115,14 @@ def generate(
     vocab_size: int | None = None,
     use_cache: bool = True,
     stop_at_context: bool = False,
+    on_rows: Callable[[Sequence[int]], None] | None = None,
 ) -> Iterator[list[int | None]]:
     """Yields the new token of each row, step by step; None for a row that has ended, until all have.
 
     A row ends after max_new_tokens, with a token of stop_tokens (which is yielded), or, with stop_at_context, with the
     token after a full context. vocab_size is the tokenizer's where the model's is padded. Row b draws with
-    sampling.seed + b, and so, up to rounding, as the same prompt alone with that seed. Raises ValueError at the call
+    sampling.seed + b, and so, up to rounding, as the same prompt alone with that seed. on_rows is called before each
+    pass of the model with the numbers of the prompts that are its rows, in their order. Raises ValueError at the call
     for wrong arguments, while stepping for logits that are not finite.
     """
     vocab_size = model.config.vocab_size if vocab_size is None else vocab_size
@@ -113,7 +133,7 @@ def generate(
     prompts = [list(map(int, prompt)) for prompt in prompts]  # numpy's integers would give tensors of their own type
     _check_prompts(prompts, model.config.context, vocab_size)
     longest = max(map(len, prompts))
-    rows = Rows(model, len(prompts), capacity=longest + max_new_tokens, use_cache=use_cache)
+    rows = Rows(model, len(prompts), capacity=longest + max_new_tokens, use_cache=use_cache, on_rows=on_rows)
     sampler = Sampler(sampling, len(prompts), vocab_size)
     for row, prompt in enumerate(prompts):
         rows.push(row, prompt)
@@ -136,20 +156,18 @@ def _steps(
     rows: Rows, sampler: Sampler, max_new_tokens: int, stop_tokens: frozenset[int], stop_at_context: bool
 ) -> Iterator[list[int | None]]:
     batch = len(rows.windows)
-    active = list(range(batch))  # which row of the caller each row of the shrinking batch is
     for step in range(1, max_new_tokens + 1):
         step_tokens: list[int | None] = [None] * batch
         going_on: list[int] = []
         for row, token in enumerate(sampler.choose(rows.logits())):
-            step_tokens[active[row]] = token
+            step_tokens[rows.numbers[row]] = token
             if step < max_new_tokens and token not in stop_tokens and not (stop_at_context and rows.is_full(row)):
                 going_on.append(row)
                 rows.push(row, [token])
         yield step_tokens
         if not going_on:
             return
-        if len(going_on) < len(active):
-            active = [active[row] for row in going_on]
+        if len(going_on) < len(rows.windows):
             rows.keep(going_on)
             sampler.keep(going_on)
 

@@ -1,6 +1,7 @@
 """Generating against brute force that reads everything afresh, against transformers, and row by row."""
 
 import random
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -120,6 +121,26 @@ def test_each_token_is_read_once():
     read.clear()
     list(generate(model, [[1] * 8, [2] * 5, [3]], max_new_tokens=4, sampling=GREEDY, stop_tokens=range(23)))
     assert read == [(3, 8)], "all rows ended with their first token"
+
+
+@pytest.mark.parametrize("use_cache", [True, False], ids=["cache", "no cache"])
+def test_who_treats_rows_differently_is_told_which_rows_a_pass_reads(use_cache):
+    """Each prompt has a vector of its own that a hook adds in the first block. Rows leave at stop tokens and slide over
+    the context's end, which reads them alone: each goes on with its own vector all the same."""
+    model, told, generator = random_gpt(), [], torch.Generator().manual_seed(4)
+    vectors = torch.randn(len(PROMPTS), 16, generator=generator, dtype=torch.float64)
+    model.blocks[0].register_forward_pre_hook(lambda block, args: (args[0] + vectors[told[-1]][:, None], args[1]))
+    options = {"max_new_tokens": 30, "stop_tokens": {0, 4}, "use_cache": use_cache}
+    together = columns(
+        generate(model, PROMPTS, sampling=Sampling(temperature=1.0, seed=3), on_rows=told.append, **options)
+    )
+    assert len(set(map(len, together))) > 1 and max(map(len, together)) == 30, "some leave, some slide"
+    assert told[0] == [0, 1, 2, 3] and len(told[-1]) < 4
+    assert any(len(one) == 1 < len(after) for one, after in pairwise(told)) == use_cache, "one is read alone"
+    for number, prompt in enumerate(PROMPTS):
+        alone = {"sampling": Sampling(temperature=1.0, seed=3 + number), **options}
+        rows = generate(model, [prompt], on_rows=lambda _, number=number: told.append([number]), **alone)
+        assert columns(rows) == [together[number]]
 
 
 def test_a_single_row_reads_pieces_of_any_size():
