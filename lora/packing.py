@@ -18,7 +18,7 @@ from torch import Tensor
 from lora.examples import Example
 from minigpt.chat import SPECIAL, TEMPLATES, Template
 from minigpt.masks import Documents
-from minigpt.model import GPT
+from minigpt.model import GPT, mean_cross_entropy
 from minigpt.tokenizer import Tokenizer
 
 IGNORED = -100  # target without a loss, torch's and our kernels' default
@@ -126,8 +126,18 @@ class Rows:
         return Documents(self.positions_RT, self.documents_RT)
 
     def loss(self, model: GPT) -> Tensor:
-        """Mean cross-entropy over the scored targets of all rows, in nats."""
-        return model(self.tokens_RT, self.targets_RT, documents=self.documents())
+        """Mean cross-entropy over the scored targets of all rows, in nats. Places without one do not go through the
+        head, a large part of a small model; a GPT with a loss_fn sees all of them."""
+        if model.loss_fn is not None:
+            return model(self.tokens_RT, self.targets_RT, documents=self.documents())
+        logits_nV, targets_n = self.scored_logits(model)
+        return mean_cross_entropy(logits_nV, targets_n)
+
+    def scored_logits(self, model: GPT) -> tuple[Tensor, Tensor]:
+        """Logits (n, V) where there is a target, and the targets (n,), row by row."""
+        scored_RT = self.targets_RT != IGNORED
+        x_RTC = model.hidden(self.tokens_RT, documents=self.documents())
+        return model.logits(x_RTC[scored_RT]), self.targets_RT[scored_RT]
 
 
 @dataclass(frozen=True, slots=True)
