@@ -14,7 +14,7 @@ from typing import Any
 from common import plots
 from common.log import atomic_write, read_jsonl
 from lora.judge import Judged, loss_of, read_judged
-from lora.statistics import bootstrap_difference, compare
+from lora.statistics import Comparison, Interval, bootstrap_difference, compare
 
 PICTURE, TEXT, ANSWERS, SUMMARY = "curves.png", "report.md", "held_out.jsonl", "summary.json"
 BASE = "base"
@@ -90,16 +90,24 @@ def differences(judged: dict[str, list[Judged]]) -> list[str]:
         "",
     ]
     for b, a in pairs:
-        lines.append(f"- {compare(a, [e.exact for e in judged[a]], b, [e.exact for e in judged[b]])}")
-        tokens = sum(each.tokens for each in judged[a]) / len(judged[a])  # then the mean is the loss of the table
-        loss = interval([e.nats / tokens for e in judged[a]], [e.nats / tokens for e in judged[b]])
-        similarity = interval([e.similarity for e in judged[a]], [e.similarity for e in judged[b]])
-        lines.append(f"  loss {a} - {b} = {loss}; similarity {similarity}")
+        right, loss, similarity = compared(a, judged[a], b, judged[b])
+        lines += [f"- {right}", f"  loss {a} - {b} = {shown_interval(loss)}; similarity {shown_interval(similarity)}"]
     return lines
 
 
-def interval(a: Sequence[float], b: Sequence[float]) -> str:
-    found = bootstrap_difference(a, b, seed=0)
+def compared(
+    name_a: str, a: Sequence[Judged], name_b: str, b: Sequence[Judged]
+) -> tuple[Comparison, Interval, Interval]:
+    """a - b on the same examples: right answers, loss in nats a token, similarity."""
+    tokens = sum(each.tokens for each in a) / len(a)  # by which the mean over examples is the loss of the table
+    return (
+        compare(name_a, [each.exact for each in a], name_b, [each.exact for each in b]),
+        bootstrap_difference([each.nats / tokens for each in a], [each.nats / tokens for each in b], seed=0),
+        bootstrap_difference([each.similarity for each in a], [each.similarity for each in b], seed=0),
+    )
+
+
+def shown_interval(found: Interval) -> str:
     return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
@@ -134,5 +142,5 @@ def draw(path: Path, curves: dict[str, tuple[list[int], list[float]]]) -> None:
         {method: (steps[1:], losses[1:]) for method, (steps, losses) in curves.items()},
         xlabel="step",
         ylabel="held-out loss, nats a token",
-        title=f"Fine-tuning; before it {' to '.join(f'{loss:.2f}' for loss in starts if math.isfinite(loss))}",
+        title=f"Held-out loss; before training {' to '.join(f'{loss:.2f}' for loss in starts if math.isfinite(loss))}",
     )
