@@ -36,7 +36,9 @@ from lora.sharding_costs import (
 )  # fmt: skip
 from minigpt.config import GPTConfig
 from minigpt.model import GPT
-from parallel.comm import Call, Comm, make_comm
+from parallel.comm import Call, Comm, Listener, make_comm
+from parallel.debug import Watchdog
+from parallel.errors import run_ranks
 from parallel.mesh import Layout, Mesh
 from parallel.model import StageGPT, materialise
 from parallel.pieces import piece_of
@@ -101,11 +103,13 @@ class Ear:
         pass
 
 
-def measure(config: CompareConfig, sharding: Sharding, mesh: Mesh, device: torch.device) -> dict[str, Any]:
-    """One row of the table; the same on all ranks, except where a rank computes something else than it should: then
-    its error is the largest of all ranks. Raises ValueError for what cannot be sharded."""
+def measure(
+    config: CompareConfig, sharding: Sharding, mesh: Mesh, device: torch.device, listeners: Sequence[Listener] = ()
+) -> dict[str, Any]:
+    """One row of the table. Errors are the largest of all ranks, `as_formulas` holds for all of them; collectives and
+    parameters are this rank's own. Raises ValueError for what cannot be sharded."""
     ear = Ear()
-    comm = make_comm(mesh.group("tp"), listeners=(ear,))
+    comm = make_comm(mesh.group("tp"), listeners=(ear, *listeners))
     adapter = config.lora(sharding, comm.size)
     stage = StageGPT(config.gpt)
     groups = parallelise(stage, mesh, comm, sequence_parallel=config.sequence_parallel)
@@ -220,7 +224,9 @@ def costs(config: CompareConfig, sharding: Sharding, stage: StageGPT, ear: Ear, 
     # Backward, the first norm passes nothing on, since what is before it is frozen; the one before the head does.
     meetings = (4 if config.sequence_parallel else 2) * config.layers
     same &= row["backward_base_collectives"] == (meetings if config.training else 0)
-    return row | {"as_formulas": same}
+    wrong = torch.tensor([not same], dtype=torch.float64, device=next(stage.parameters()).device)
+    comm.all_reduce(wrong, "max")
+    return row | {"as_formulas": not wrong.item()}
 
 
 def one_by_one(calls: Sequence[Calls]) -> list[tuple[str, int]]:
@@ -252,23 +258,24 @@ def report(config: CompareConfig, rows: Sequence[Mapping[str, Any]]) -> Iterator
     yield "step: gradients of factors that all ranks have; parameters and MACs: the adapter's, of one rank"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def configured(argv: Sequence[str] | None = None) -> CompareConfig:
     description = "adapters under tensor parallelism in three ways, compared with one process"
-    config = cli.parse(CompareConfig, argv, prog=cli.program(), description=description)
+    return cli.parse(CompareConfig, argv, prog=cli.program(), description=description)
+
+
+def main(config: CompareConfig, watchdog: Watchdog) -> int:
     world = init_from_env(config.device)
-    try:
-        if world.world_size == 1:
-            raise cli.UserError(f"one process: expected at least two ranks, start with {START}")
-        mesh = Mesh(Layout(tp=world.world_size), world.rank, world.world_size)
-        rows = [measure(config, sharding, mesh, world.device) for sharding in SHARDINGS]
-        if world.rank == 0:
-            print("\n".join(report(config, rows)))
-            if config.save:
-                print(save_result("lora", "block_diagonal", rows, config=config, device=config.device, root=config.out))
-        return 0 if all(right(row) for row in rows) else 1
-    finally:
-        finish()
+    if world.world_size == 1:
+        raise cli.UserError(f"one process: expected at least two ranks, start with {START}")
+    mesh = Mesh(Layout(tp=world.world_size), world.rank, world.world_size)
+    rows = [measure(config, sharding, mesh, world.device, (watchdog,)) for sharding in SHARDINGS]
+    if world.rank == 0:
+        print("\n".join(report(config, rows)))
+        if config.save:
+            print(save_result("lora", "block_diagonal", rows, config=config, device=config.device, root=config.out))
+    finish()
+    return 0 if all(right(row) for row in rows) else 1
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    run_ranks(main, configured)

@@ -33,7 +33,11 @@ BETWEEN = {
 COLOURS = ("#4292c6", "#fd8d3c", "#41ab5d", "#9e6ebd")
 ZERO, SHARED, INK, RED = "#ffffff", "#bdbdbd", "#333333", "#cb181d"
 EVERYONE = -1  # of an owner; 0 is nobody, a zero that is not kept, others are rank + 1
-CELL, PANEL, ROW, LEFT, TOP = 13, 292, 160, 168, 80  # pixels
+NOTES = (
+    "A layer gives W x + B A x. Arrows: what ranks send each other of A x, S tokens by r numbers, in a forward pass.",
+    "A row-parallel layer ends with a sum over the ranks anyway: each adds its part of B A x to its term before it.",
+)
+CELL, PANEL, ROW, LEFT, TOP, NOTE = 13, 292, 160, 168, 80, 16  # pixels
 
 
 def owners(ranks: int, sharding: Sharding) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -69,13 +73,14 @@ def _claim(owner: Tensor, piece: Piece, rank: int, ranks: int) -> None:
 def svg(ranks: int = 4) -> str:
     if ranks not in (2, 4):
         raise ValueError(f"ranks {ranks}: expected 2 or 4")
-    width, height = LEFT + len(SHARDINGS) * PANEL, TOP + len(KINDS) * ROW
+    width, height = LEFT + len(SHARDINGS) * PANEL, TOP + len(KINDS) * ROW + len(NOTES) * NOTE
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         f'font-size="11" fill="{INK}">',
         "<title>Which rank has which number of an adapter</title>",
         f'<rect width="{width}" height="{height}" fill="#ffffff"/>',
         *_legend(ranks),
+        *(_text(12, TOP + len(KINDS) * ROW + number * NOTE, note) for number, note in enumerate(NOTES)),
     ]
     for column, sharding in enumerate(SHARDINGS):
         x = LEFT + column * PANEL

@@ -12,7 +12,8 @@ dtype of the adapter, float32 beside layers of 16 or 32 bits, or that of autocas
 embeddings, sizes that W does not divide, block-diagonal factors where ranks share key/value heads, a second adapter.
 With `overlap` of stage 4 an input's gradient waits for the adapter's part: it is right, and overlaps with nothing.
 
-Shapes: B batch, T time, I inputs, O outputs, r rank, all as this rank has them; R the whole rank; W ranks.
+Shapes: B batch, T time, I inputs, O outputs, r rank, all as this rank has them; R the whole rank; W ranks; o the rows
+of B that a rank has in a row-parallel layer.
 """
 
 from collections.abc import Mapping
@@ -136,9 +137,8 @@ class ShardedRow(ShardedLinear):
         y_BTO = self.base.product(x_BTI)
         if self.base.region.keep_products:  # for the second forward pass
             y_BTO = y_BTO.clone()
-        start, stop = piece_of(self.shard.B).box[0]
-        y_BTO[..., start:stop] += F.linear(h_BTr, self.shard.B)
-        return self.base.leave(y_BTO)
+        start, _ = piece_of(self.shard.B).box[0]
+        return self.base.leave(_AddPart.apply(y_BTO, F.linear(h_BTr, self.shard.B), start))
 
     def dropped(self, x_BTI: Tensor) -> Tensor:
         """Each rank has inputs of its own here, and so a mask of its own."""
@@ -151,6 +151,22 @@ class ShardedRow(ShardedLinear):
 def product(x_BTI: Tensor, factor: Tensor) -> Tensor:
     """x times a dense or a packed block-diagonal factor (O, I / blocks); how many blocks are here, the shapes tell."""
     return block_linear(x_BTI, factor, x_BTI.shape[-1] // factor.shape[1])
+
+
+class _AddPart(torch.autograd.Function):
+    """The outputs of one rank's rows of B are added over the total. Through a view of it, autograd would copy the
+    gradient of all outputs, and `total[..., start:stop] += part` the part once more forward."""
+
+    @staticmethod
+    def forward(ctx, total_BTO, part_BTo, start):
+        ctx.mark_dirty(total_BTO)
+        ctx.columns = slice(start, start + part_BTo.shape[-1])
+        total_BTO[..., ctx.columns].add_(part_BTo)
+        return total_BTO
+
+    @staticmethod
+    def backward(ctx, gradient_BTO):
+        return gradient_BTO, gradient_BTO[..., ctx.columns], None
 
 
 class _Gather(torch.autograd.Function):

@@ -2,7 +2,7 @@
 
 `python -m lora.sharding_costs` prints them for the seven projections of Llama 3 with 8 and 70 billion parameters. All
 of it is exact and none of it is time, for which there is lora/sharding_latency.py. Refused: shapes that W does not
-divide.
+divide, and so more ranks than key/value heads.
 
 Letters: d width, I inputs, O outputs, r rank, W ranks, S tokens of a pass, b bytes of a number that travels.
 """
@@ -84,7 +84,11 @@ def factor_sizes(p: Projection, sharding: Sharding, rank: int, ranks: int, each:
 
 
 def parameters_per_rank(config: GPTConfig, sharding: Sharding, rank: int, ranks: int, each: int = 1) -> int:
-    """Of an adapter of all projections of all layers."""
+    """Of an adapter of all projections of all layers. Raises ValueError where ranks would have to share heads: then
+    they keep the same rows, more than these formulas say."""
+    for name in ("heads", "kv_heads"):
+        if (size := getattr(config, name)) % ranks:
+            raise ValueError(f"{name} {size} over {ranks} ranks: expected a multiple of {ranks}")
     return config.layers * sum(sum(factor_sizes(p, sharding, rank, ranks, each)) for p in projections(config))
 
 

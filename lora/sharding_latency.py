@@ -21,6 +21,7 @@ import torch.nn.functional as F
 
 from common import cli
 from common.dist import spawn
+from common.log import cpu_threads
 from common.results import save_result
 from common.timing import Samples, compare
 from lora.sharding import SHARDINGS, Sharding
@@ -50,7 +51,7 @@ class LatencyConfig:
     ranks: int = field(default=8, metadata={"help": "of the tp group"})
     rank: int = field(default=16, metadata={"help": "of S-LoRA's adapter and of the replicated one"})
     multiple: int = field(
-        default=2, metadata={"help": "the block-diagonal adapter's rank over that: 2 is about as big"}
+        default=2, metadata={"help": "the block-diagonal adapter's rank over that: on 8 ranks 2 is about as big"}
     )
     tokens: int = field(default=16, metadata={"help": "of one forward pass"})
     dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={"help": "of the frozen model"})
@@ -170,7 +171,8 @@ def find_links(config: LatencyConfig) -> tuple[dict[str, Link], str]:
                          "latency_us and gigabytes_per_s")  # fmt: skip
     backend = "nccl" if config.device == "cuda" else "gloo"
     found = spawn(measure_links, config.ranks, config.device, config.rounds, backend=backend, timeout_s=300)
-    return found[0], f"measured, {config.ranks} ranks of {backend} on this machine"
+    place = f"{config.ranks} GPUs" if config.device == "cuda" else f"{cpu_threads()} CPU threads"
+    return found[0], f"measured, {config.ranks} ranks of {backend} on {place} of this machine"
 
 
 def main(argv: Sequence[str] | None = None) -> None:

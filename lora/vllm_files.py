@@ -3,7 +3,7 @@
 Both keep the N blocks of a block-diagonal factor and no zeros. PEFT stacks them on the rows, A as (r, I/N) and B as
 (O, r/N). vLLM stacks them on the side that is not the rank, so B is the same and A is (r/N, I): a rank's shard is then
 a run of columns, as of its frozen weight. The packings have the same adapter_config.json, and shapes tell them apart.
-Refused: adapters without blocks, factors of any other shape, a target that exists.
+Refused: adapters without blocks, factors of any other shape, NaN and infinity, a target that exists.
 
 Shapes: r rank, I inputs, O outputs, N blocks.
 """
@@ -52,7 +52,7 @@ def convert_tensors(fields: dict[str, Any], tensors: dict[str, Tensor], to: str)
     """The tensors of an adapter_model.safetensors in the packing `to`; `fields` are those of adapter_config.json.
 
     Only block-diagonal A change, the other tensors are the same objects. Raises ValueError with each tensor that is
-    missing or has not the shape of the other packing, and for configs that `load_adapter` would not take.
+    missing, not finite or has not the shape of the other packing, and for configs that `load_adapter` would not take.
     """
     if to not in ("vllm", "peft"):
         raise ValueError(f"packing {to!r}: expected 'vllm' or 'peft'")
@@ -85,6 +85,8 @@ def _faults(key: str, tensors: dict[str, Tensor], config: LoraConfig, blocks: Bl
         yield f"{other} is missing"
     if (factor := blocks.factor(module)) == "AB":
         yield f"{module} has both factors block-diagonal by use_bdlora, expected one"
+    if not tensors[key].isfinite().all():
+        yield f"{key} holds NaN or infinity"
     short = factor == "A" and from_vllm if of_A else factor == "B"  # packed on the side that is not the rank
     rank, multiple = config.rank_of(module), 1
     if short:

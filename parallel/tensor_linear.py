@@ -84,8 +84,8 @@ class _Project(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, arrival, *parameters):
-        ctx.save_for_backward(x)
-        ctx.arrival, ctx.weights = arrival, parameters[::2]
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[2::2]) else None)  # frozen weights do not ask for it
+        ctx.arrival, ctx.weights, ctx.shape, ctx.dtype = arrival, parameters[::2], x.shape, x.dtype
         return tuple(F.linear(x, w, b) for w, b in zip(parameters[::2], parameters[1::2], strict=True))
 
     @staticmethod
@@ -94,7 +94,7 @@ class _Project(torch.autograd.Function):
         rows = [gradient.reshape(-1, gradient.shape[-1]) for gradient in gradients]
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _of_input(rows, ctx.weights).view(x.shape).to(x.dtype)
+            of_x = _of_input(rows, ctx.weights).view(ctx.shape).to(ctx.dtype)
             if ctx.arrival is not None:
                 ctx.arrival.start(of_x)
         of_parameters: list[Tensor | None] = []

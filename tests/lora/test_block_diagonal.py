@@ -11,8 +11,9 @@ import torch
 
 from common.dist import spawn
 from lora import block_diagonal, sharded
-from lora.block_diagonal import CompareConfig, difference, main, measure, report, right
+from lora.block_diagonal import CompareConfig, configured, difference, main, measure, report, right
 from lora.sharding import SHARDINGS
+from parallel.debug import Watchdog
 from parallel.mesh import Layout, Mesh
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,6 +83,11 @@ def make_nan(rank):
         block_diagonal.gather_logits = lambda logits, comm: own(logits, comm) * torch.nan
 
 
+def miscount(rank):
+    if rank == 1:
+        block_diagonal.macs_per_token = block_diagonal.parameters_per_rank = lambda *numbers: 0
+
+
 @pytest.mark.parametrize(
     ("fault", "ways", "key"),
     [
@@ -99,6 +105,8 @@ def test_what_is_wrong_is_seen_by_all_ranks(fault, ways, key):
 def test_a_count_that_is_not_the_formulas_fails():
     for rows in spawn(compare, 2, SMALL, chatter):
         assert all(row["output_error"] <= 1e-12 and not row["as_formulas"] and not right(row) for row in rows)
+    for rows in spawn(compare, 2, SMALL, miscount):  # on one rank alone, and all say so
+        assert [row["as_formulas"] for row in rows] == [False] * 3
     (rows, _) = spawn(compare, 2, SMALL)
     for row in rows:
         assert right(row) and not right(row | {"as_formulas": False})
@@ -126,7 +134,7 @@ FLAGS = [
 def run(rank, world_size, folder, fault):
     if fault is not None:
         fault(rank)
-    return main([*FLAGS, "--save", "--out", str(folder)])
+    return main(configured([*FLAGS, "--save", "--out", str(folder)]), Watchdog(None, rank, world_size))
 
 
 def test_the_program_ends_with_code_1_where_something_is_wrong(tmp_path):
@@ -147,6 +155,19 @@ def test_under_torchrun():
     assert done.stdout.splitlines()[0] == "adapters of rank 8 in 1 layers on 2 ranks, 1 x 6 tokens, float64"
 
 
+@pytest.mark.slow
+def test_what_the_user_has_wrong_is_said_once():
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    for flags, message in (
+        (["--rank", "3"], "rank 3 in 2 blocks: expected multiples of the number of blocks"),
+        (["--ranks", "3"], "unrecognized arguments: --ranks 3"),
+    ):
+        command = [*torchrun, "-m", "lora.block_diagonal", *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0 and done.stdout == ""
+        assert done.stderr.count(f"lora.block_diagonal: error: {message}\n") == 1, done.stderr
+
+
 @pytest.mark.multigpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_on_two_gpus():
@@ -158,7 +179,7 @@ def test_how_to_start_it(monkeypatch):
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(Exception, match="one process: expected at least two ranks, start with torchrun --standalone"):
-        main(["--compare"])
+        main(configured(["--compare"]), Watchdog(None, 0, 1))
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,15 @@
 """The picture of which rank has what: ownership by brute force, and an SVG that can be read."""
 
 import xml.etree.ElementTree as ElementTree
+from pathlib import Path
 
 import pytest
 import torch
 
 from lora.draw import EVERYONE, main, owners, svg
 from lora.sharding import SHARDINGS
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -32,9 +35,12 @@ def test_owners_are_those_of_the_definition(ranks):
 
 def test_the_picture(tmp_path, capsys):
     picture = svg(4)
-    assert picture == svg(4)
+    assert picture == svg(4) == (ROOT / "results/lora/block_diagonal.svg").read_text(), "python -m lora.draw"
     root = ElementTree.fromstring(picture)
     texts = [element.text for element in root.iter() if element.tag.endswith("text")]
+    assert (
+        sum("in a forward pass." in text or "a sum over the ranks anyway" in text for text in texts) == 2
+    )  # what it leaves out
     assert texts.count("nothing") == 4 and texts.count("all-gather") == texts.count("all-reduce") == 1
     squares = [element for element in root.iter() if element.tag.endswith("rect")]
     assert len(squares) == 1 + 6 + 2 * 64 + 6 * (4 * 8 + 8 * 4)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.dist import spawn
 from lora.config import LoraConfig
@@ -321,6 +322,39 @@ def check_dtypes(rank, world_size):
 def test_dtypes_of_adapters_and_of_what_is_sent():
     for found in spawn(check_dtypes, 2):
         assert len(found) == 6 and all(value <= 0.2 for value in found), found
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies of tensors of at least so many numbers."""
+
+    def __init__(self, least):
+        super().__init__()
+        self.least, self.count = least, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in (torch.ops.aten.copy_.default, torch.ops.aten.clone.default) and args[0].numel() >= self.least:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def check_copies(rank, world_size):
+    """{way: copies of outputs, or a rank's part of them, forward and backward}"""
+    mesh, comm = meet(rank, world_size)
+    found = {}
+    for sharding in SHARDINGS:
+        stage, _ = sharded(LLAMA, lora(sharding, world_size, ("down",)), sharding, mesh, comm)
+        layer = stage.get_submodule("blocks.1.mlp.down")
+        x = torch.randn(2, 8, layer.base.in_features, dtype=torch.float64, requires_grad=True)
+        gradient = torch.randn(2, 8, 24, dtype=torch.float64)
+        with Copies(2 * 8 * 24 // world_size) as copies:
+            layer(x).backward(gradient)
+        found[sharding] = copies.count
+    return found
+
+
+def test_outputs_and_their_gradients_are_not_copied():
+    for found in spawn(check_copies, 2):
+        assert found == dict.fromkeys(SHARDINGS, 0)
 
 
 def check_dropout(rank, world_size):

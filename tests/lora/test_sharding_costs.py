@@ -188,12 +188,15 @@ def test_what_does_not_divide_is_refused():
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             parameters_per_rank(LLAMA_8B, way, ranks=8, **change)
+    for ranks, message in ((16, "kv_heads 8 over 16 ranks"), (5, "heads 32 over 5 ranks")):
+        with pytest.raises(ValueError, match=f"{message}: expected a multiple of {ranks}"):
+            parameters_per_rank(LLAMA_8B, REPLICATED, rank=16, ranks=ranks)
     odd = replace(LLAMA, width=21)
     assert parameters_per_rank(odd, BD, 8, 2) and parameters_per_rank(odd, REPLICATED, 7, 2)
     with pytest.raises(ValueError, match="outputs 21 of output over 2 ranks"):
         parameters_per_rank(odd, S_LORA, 8, 2)
     with pytest.raises(ValueError, match="outputs 24 of query over 5 ranks"):
-        parameters_per_rank(LLAMA, REPLICATED, 8, 5)
+        factor_sizes(projections(LLAMA)[0], REPLICATED, 8, 5)
 
 
 def test_the_program(capsys):

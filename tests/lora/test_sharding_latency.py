@@ -2,11 +2,15 @@
 
 import json
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 
+from common.log import cpu_threads
+from common.timing import Samples
 from lora import sharding_latency
+from lora.sharded import shard_adapter, sharded_layers
 from lora.sharding import SHARDINGS
 from lora.sharding_costs import MODELS, factor_sizes, projections
 from lora.sharding_latency import (
@@ -18,8 +22,10 @@ from lora.sharding_latency import (
     measure_products,
     modelled,
 )  # fmt: skip
+from lora.targets import kind_of
 from minigpt.config import GPTConfig
 from parallel.costs import Link
+from tests.lora.test_sharded import LLAMA, alone, lora
 
 TINY = GPTConfig(layers=3, width=16, heads=4, kv_heads=4, mlp="swiglu", mlp_width=24)
 GIVEN = ["--latency-us", "10", "--gigabytes-per-s", "0.5"]
@@ -36,6 +42,17 @@ def test_products_of_a_rank_have_its_multiply_adds(model, ranks):
         products = adapter_products(config, sharding, 16, ranks)
         sizes = [size for p in projections(config) for size in factor_sizes(p, sharding, 16, ranks)]
         assert [i * o for i, o in products] == sizes
+
+
+@pytest.mark.parametrize("sharding", SHARDINGS)
+def test_products_are_those_of_layers_that_are_really_cut(sharding):
+    stage, comm = alone(2)
+    names = tuple(p.name for p in projections(LLAMA))
+    shard_adapter(stage, lora(sharding, 2, names), sharding, comm, {})
+    layers = {kind_of(name): layer for name, layer in sharded_layers(stage).items()}
+    made = [factor.shape[::-1] for name in names for factor in (layers[name].shard.A, layers[name].shard.B)]
+    assert adapter_products(LLAMA, sharding, 8, 2) == made
+    assert base_products(LLAMA, 2) == [layers[name].base.weight.shape[::-1] for name in names]
 
 
 def test_the_sum_by_hand(monkeypatch):
@@ -67,13 +84,26 @@ def test_collectives_and_products_are_measured(monkeypatch):
     monkeypatch.setitem(MODELS, "8B", TINY)
     config = LatencyConfig(ranks=2, rank=4, tokens=3, rounds=1)
     links, origin = find_links(config)
-    assert origin == "measured, 2 ranks of gloo on this machine"
+    assert origin == f"measured, 2 ranks of gloo on {cpu_threads()} CPU threads of this machine"
     assert set(links) == {"all_reduce", "all_gather"}
     assert all(link.alpha >= 0 and link.beta >= 0 and link.alpha + link.beta > 0 for link in links.values())
     samples = measure_products(config)
     wanted = {p for s in SHARDINGS for p in adapter_products(TINY, s, config.rank_of(s), 2)}
     assert set(samples["base"]) == set(base_products(TINY, 2)) and set(samples["adapter"]) == wanted
     assert all(x.median > 0 for found in samples.values() for x in found.values())
+
+
+def test_a_link_is_the_line_through_both_sizes(monkeypatch):
+    def timed(functions, **_):
+        (call,) = functions.values()
+        *_, largest = (x for x in call.args if isinstance(x, torch.Tensor))
+        return {"it": Samples((3e-6 + 2e-9 * largest.nbytes,))}
+
+    monkeypatch.setattr(sharding_latency, "compare", timed)
+    for name in ("Mesh", "make_comm"):  # nobody is there to talk to
+        monkeypatch.setattr(sharding_latency, name, mock.MagicMock())
+    for link in sharding_latency.measure_links(0, 2, "cpu", 1).values():
+        assert (link.alpha, link.beta) == (pytest.approx(3e-6), pytest.approx(2e-9))
 
 
 def test_the_program(monkeypatch, tmp_path, capsys):

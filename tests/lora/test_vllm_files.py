@@ -133,6 +133,9 @@ def test_everything_wrong_with_the_tensors_is_listed(made):
     assert f"{o}.lora_A.weight has shape [1, 16], expected [4, any]" in said
     assert f"{o}.lora_B.weight has shape [4], expected [any, 4]" in said
     assert f"{up}.lora_B.weight has shape [19, 1], expected [a multiple of 4, 1]" in said and said.count(";") == 4
+    bad = dict(tensors, **{f"{q}.lora_A.weight": tensors[f"{q}.lora_A.weight"] / 0})
+    with pytest.raises(ValueError, match=f"{q}.lora_A.weight holds NaN or infinity"):
+        convert_tensors(fields, bad, "vllm")
     both = fields | {"use_bdlora": fields["use_bdlora"] | {"target_modules_bd_b": ["proj"]}}
     with pytest.raises(ValueError, match="o_proj has both factors block-diagonal by use_bdlora, expected one"):
         convert_tensors(both, tensors, "vllm")

@@ -73,6 +73,23 @@ def test_layers_are_torchs(ranks, bias, sequence_parallel, overlap):
             assert all(value <= 1e-12 for value in values), (case, values)
 
 
+@pytest.mark.parametrize("trained", ["", "up", "gate"])
+def test_frozen_weights_keep_no_input(trained):
+    """Their gradient is all that needs it; of the input's own, the shape is enough."""
+    up, gate, _ = layers(bias=False)
+    for name, layer in (("up", up), ("gate", gate)):
+        layer.requires_grad_(name == trained)
+    parts = [ColumnLinear(layer, (3, 9)) for layer in (up, gate)]
+    x_BTC, kept = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        a_BTF, b_BTF = project(x_BTC, *parts)
+    assert len(kept) == bool(trained)
+    (a_BTF.sum() + 2 * b_BTF.sum()).backward()
+    assert error(x_BTC.grad, (up.weight[3:9].sum(0) + 2 * gate.weight[3:9].sum(0)).expand(2, 3, 5)) <= 1e-12
+    grads = {"up": parts[0].weight.grad, "gate": parts[1].weight.grad}
+    assert [name for name, grad in grads.items() if grad is not None] == ([trained] if trained else [])
+
+
 def check_other_readers(rank, world_size):
     """A layer that has to share its input's gradient may not sum it in place."""
     _, comm = meet(rank, world_size)
