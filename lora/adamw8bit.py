@@ -8,9 +8,9 @@ signed for the mean of gradients, unsigned for that of their squares. Parameters
 float32. A step unpacks, averages in float32, changes the parameter by these exact values and packs them again, a page
 of states at a time whatever number of parameters that is: some thirty passes of plain torch, not one kernel.
 
-A gradient that is NaN or infinite spoils the averages of its block, as it would those of its number in float32.
-Refused: parameters that are not contiguous or of another type than float32, bfloat16 and float16, sparse gradients,
-options out of range, the states of another optimizer.
+A gradient that is NaN, infinite or too large to be squared makes the averages of its block NaN, and with the next step
+its parameters. Refused: parameters that are not contiguous or of another type than float32, bfloat16 and float16,
+sparse gradients, options out of range, the states of another optimizer, and to be captured by a CUDA graph.
 """
 
 import math
@@ -28,8 +28,11 @@ from lora.nf4 import dynamic_codes, nearest
 from lora.paged import BLOCK, PAGE, RESIDENT, SCALES, WHOLE, Piece, States, block_bytes
 
 Maps = tuple[Tensor, Tensor]  # codes of the two averages
-# No square becomes the code 0, which is 0: a step divides by the root, and of a number far below the largest of its
-# block it would be thousands of times too long.
+# No square becomes the code 0, which is 0: a step divides by the root, and of a number with gradients far below the
+# largest of its block, or zero for a while (rare rows of an embedding), it would be thousands of times too long. The
+# lowest code left is 3.25e-7: where the root mean square of gradients is below 1 / 1750 of the block's largest, steps
+# are shorter than AdamW's instead. Where all gradients were zero the mean is, and so the step. The look-up of
+# bitsandbytes on CPUs makes no 0 either, but 1.6e-5 at least.
 LOWEST = (0, 1)
 TINY = 2.0**-149  # the least positive float32: what a block of zeros is divided by
 SMALLEST = 4096  # numbers of a parameter that is worth 8 bits, as in bitsandbytes
@@ -37,13 +40,16 @@ SMALLEST = 4096  # numbers of a parameter that is worth 8 bits, as in bitsandbyt
 
 def quantise_blocks(x: Tensor, codes: Tensor, lowest: int = 0) -> tuple[Tensor, Tensor]:
     """x (blocks, 256) float32 -> indices from `lowest` on of the codes nearest to x / absmax, uint8, and absmax
-    (blocks,)."""
+    (blocks,). A block with an infinite number has the absmax NaN: squares without end would end all its steps, and
+    nobody would see it."""
     absmax = x.abs().amax(1)
-    return nearest(x / absmax.clamp(min=TINY)[:, None], codes).clamp_(min=lowest), absmax
+    packed = nearest(x / absmax.clamp(min=TINY)[:, None], codes).clamp_(min=lowest)
+    return packed, absmax + (absmax - absmax)
 
 
 def dequantise_blocks(q: Tensor, absmax: Tensor, codes: Tensor) -> Tensor:
-    return codes[q.int()] * absmax[:, None]
+    # With [] torch would turn the indices into 8 bytes each, which is several times slower on a CPU.
+    return codes.index_select(0, q.view(-1).int()).view(q.shape) * absmax[:, None]
 
 
 def eight_bit(p: Tensor) -> bool:
@@ -58,7 +64,8 @@ class AdamW8bit(torch.optim.Optimizer):
     state[p] is {"step", "exp_avg", "exp_avg_sq"} and, of p in 8 bits, {"absmax", "absmax_sq"}; the states of all
     parameters of a group are made together, at the first step. Paged or not, the numbers are the same bit for bit, and
     so is the state_dict. `page` is in bytes of states, and `resident` pages are on the device at once; parameters
-    below 4096 numbers are not paged.
+    below 4096 numbers are not paged. After a step on a GPU pages may still be on their way to the host: read them from
+    the state_dict, which waits for them.
     """
 
     def __init__(
@@ -93,9 +100,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if wrong := [tuple(g.shape) for g in gradients if g.layout != torch.strided]:
-            raise ValueError(f"gradient of a parameter of shape {wrong[0]} is sparse: expected a dense one")
+        self._check_step()
         for index, group in enumerate(self.param_groups):
             changed = [p for p in group["params"] if p.grad is not None]
             if not changed:
@@ -107,6 +112,16 @@ class AdamW8bit(torch.optim.Optimizer):
                 for page, held in states.pages():
                     self._update_page(page, held, states.codes, group)
         return loss
+
+    def _check_step(self) -> None:
+        """What a step would pass over, or a replay of it do wrong."""
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError("AdamW8bit.step in a CUDA graph: expected it outside, its steps are counted on the host")
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            if p.grad.layout != torch.strided:
+                raise ValueError(f"gradient of a parameter of shape {tuple(p.shape)} is sparse: expected a dense one")
+            if not p.is_contiguous():
+                raise ValueError(f"parameter of shape {tuple(p.shape)} is no longer contiguous: expected as at first")
 
     def _states_of(self, index: int) -> list[States]:
         """Those of a group in 8 bits and those in float32, as far as there are any."""
@@ -145,6 +160,7 @@ class AdamW8bit(torch.optim.Optimizer):
 
         torch's own would turn the bytes into the type of the parameter.
         """
+        self._settle()  # what is given may be our own states
         given = list(chain(*(group["params"] for group in state_dict["param_groups"])))
         own = list(chain(*(group["params"] for group in self.param_groups)))
         if len(given) == len(own):  # else torch says it
@@ -155,6 +171,7 @@ class AdamW8bit(torch.optim.Optimizer):
         for number, p in zip(given, own, strict=True):
             if number in state_dict["state"]:
                 self.state[p] = {name: x.clone() for name, x in state_dict["state"][number].items()}
+                self.state[p]["step"] = self.state[p]["step"].cpu()  # read at each step
 
 
 def _update(
@@ -183,8 +200,12 @@ def _update(
 
 def _gathered(pieces: list[Piece], values: Callable[[nn.Parameter], Tensor]) -> Tensor:
     """(blocks, block) in float32, each piece padded with zeros to whole blocks."""
-    parts = [F.pad(piece.of(values(piece.p)), (0, -piece.count % piece.size)) for piece in pieces]
+    parts = [_padded(piece.of(values(piece.p)), -piece.count % piece.size) for piece in pieces]
     return torch.cat(parts).float().view(-1, pieces[0].size)
+
+
+def _padded(x: Tensor, more: int) -> Tensor:
+    return F.pad(x, (0, more)) if more else x  # a pad of nothing would be a copy
 
 
 def _check_paging(page: int, resident: int) -> None:

@@ -2,7 +2,7 @@
 
 train: a step beside PEFT's (bench_train.py). nf4: products with NF4 weights beside bitsandbytes' (bench_nf4.py).
 multi: many adapters in one batch (bench_multi.py). Results go to results/lora/. Refused: timing what does not compute
-the same as its peer. Memory of quantised bases has a program of its own: `python -m lora.qlora`.
+the same as its peer. Memory of quantised bases has a program of its own: `python -m lora.memory`.
 """
 
 from collections.abc import Callable

@@ -4,11 +4,12 @@ models of 8B and 70B.
     python -m lora.memory --width 512 --layers 8 --rank 16 --format nf4-double --optimizer paged
 
 Measured are the storages below the tensors, on a CPU and on a GPU alike, while two steps are trained on random tokens;
-on a GPU also what torch's allocator handed out.
+on a GPU also what torch's allocator handed out. Columns are fields of lora.budget.Bytes; "held" is all that the device
+holds between two steps, the gradients among it.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from itertools import chain, product
 from typing import Literal, get_args
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 from common import cli
 from common.results import save_result
 from lora.adamw8bit import AdamW8bit, eight_bit
-from lora.budget import Bytes, Method, Optimizer, predict, skeleton
+from lora.budget import Method, Optimizer, predict, skeleton
 from lora.config import LoraConfig
 from lora.lora import adapter_parameters, add_adapter
 from lora.paged import PAGE, block_bytes
@@ -126,7 +127,7 @@ class MemoryConfig:
         default="all", metadata={"help": "of the frozen weights: lora has them whole, full does not freeze them"}
     )
     optimizer: Literal["all", "adamw", "adamw8bit", "paged"] = "all"
-    page: int = field(default=PAGE, metadata={"help": "bytes of a page of optimizer states"})
+    page: int = field(default=PAGE, metadata={"help": "bytes of a page of optimizer states; paged, two are there"})
     device: Literal["cpu", "cuda"] = "cpu"
     large: bool = field(default=True, metadata={"help": "print what models of 8B and 70B would take, too"})
     save: bool = field(default=False, metadata={"help": "write results/lora/memory_<device>_<date>.json"})
@@ -183,20 +184,38 @@ def large_rows(rank: int, page: int = PAGE) -> Iterator[dict]:
             yield {"shape": name, "method": method, "optimizer": optimizer, "predicted": values}
 
 
-EQUAL = ("weights", "adapters", "gradients", "optimizer", "host", "kept")
+HELD = ("weights", "adapters", "gradients", "optimizer")
+EQUAL = (*HELD, "host", "kept")
 
 
 def verdict(row: dict) -> str:
     """ "equal" where every predicted number was measured, else those that were not; then where the peak lay."""
     predicted, measured = row["predicted"], row["measured"]
-    wrong = [f"{name} {measured[name]:,}" for name in EQUAL if measured[name] != predicted[name]]
+    wrong = [f"{name} {measured[name]:,} bytes" for name in EQUAL if measured[name] != predicted[name]]
     above = measured["peak"] - predicted["kept"]
     inside = "within" if 0 <= above <= predicted["above"] else "OUTSIDE"
-    return f"{', '.join(wrong) or 'equal'}; peak {above / 2**20:.2f} above, {inside} {predicted['above'] / 2**20:.2f}"
+    peak = f"peak {above / 2**20:.2f} above, {inside} {predicted['above'] / 2**20:.2f}"
+    handed_out = f"; torch handed out {measured['most_allocated'] / 2**20:.2f}" if "most_allocated" in measured else ""
+    return f"{', '.join(wrong) or 'equal'}; {peak}{handed_out}"
+
+
+def flat(row: dict) -> dict:
+    """For a file of results: predictions in bytes under their own names, what was measured as measured_..., and what a
+    run holds between steps, `held`, in MiB and GiB too."""
+    predicted, measured = row["predicted"], row.get("measured", {})
+    held = sum(predicted[name] for name in HELD)
+    return {
+        **{"shape": row.get("shape", "measured"), "method": row["method"], "optimizer": row["optimizer"]},
+        **predicted,
+        **{f"measured_{name}": value for name, value in measured.items()},
+        **{"held_mib": held / 2**20, "held_gib": held / 2**30, "kept_mib": predicted.get("kept", 0) / 2**20},
+        **({"measured_held_mib": sum(measured[name] for name in HELD) / 2**20} if measured else {}),
+    }
 
 
 def _line(row: dict, names: tuple[str, ...], unit: int) -> str:
-    cells = "".join(f"{row['predicted'][name] / unit:>12,.3f}" for name in names)
+    predicted = row["predicted"] | {"held": sum(row["predicted"][name] for name in HELD)}
+    cells = "".join(f"{predicted[name] / unit:>12,.3f}" for name in names)
     return f"{row.get('shape', ''):<5}{row['method']:<11}{row['optimizer']:<10}{cells}"
 
 
@@ -206,18 +225,19 @@ def _head(names: tuple[str, ...], unit: str) -> str:
 
 def main() -> None:
     config = cli.parse(MemoryConfig, prog="python -m lora.memory", description="Memory of fine-tuning.")
-    names, found = tuple(f.name for f in fields(Bytes) if f.name != "above"), []
-    print(_head(names, "MiB; measured:"))
+    names, found = (*HELD, "held", "host"), []
+    print(_head((*names, "kept"), "MiB; measured: the same or what differs; peak above kept, and its bound"))
     for row in rows(config):
         found.append(row)
-        print(f"{_line(row, names, 2**20)}   {verdict(row)}", flush=True)
+        print(f"{_line(row, (*names, 'kept'), 2**20)}   {verdict(row)}", flush=True)
     if config.large:
-        print("\npredicted, no such tensor was made\n" + _head(names[:5], "GiB"))
+        print("\npredicted, no such tensor was made; frozen weights that are not quantised have 2 bytes")
+        print(_head(names, "GiB"))
         for row in large_rows(config.rank, config.page):
             found.append(row)
-            print(_line(row, names[:5], 2**30), flush=True)
+            print(_line(row, names, 2**30), flush=True)
     if config.save:
-        print(save_result("lora", "memory", found, config=config))
+        print(save_result("lora", "memory", [flat(row) for row in found], config=config))
 
 
 if __name__ == "__main__":

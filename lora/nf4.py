@@ -28,6 +28,8 @@ BLOCK = 64
 EXTREME = 0.9677083  # the probability of the largest code, halfway between 1 - 1/32 and 1 - 1/30
 SMALLEST = 1e-38  # what a block is divided by at least
 GRID = 65535  # steps from -1 to 1 where bitsandbytes looks up the code of an absmax
+# Of tables, which are made once: what `with torch.device("meta")` says at that moment must not stay for good.
+PLAIN = {"dtype": torch.float32, "device": "cpu"}
 
 Search = Literal["grid", "nearest"]
 
@@ -70,9 +72,10 @@ def nf4_codes() -> Tensor:
     Probabilities go in equal steps of float32 from EXTREME to a half, as the authors computed them.
     """
     above, below = (
-        [NormalDist().inv_cdf(p) for p in torch.linspace(EXTREME, 0.5, steps + 1)[:-1].tolist()] for steps in (8, 7)
+        [NormalDist().inv_cdf(p) for p in torch.linspace(EXTREME, 0.5, steps + 1, **PLAIN)[:-1].tolist()]
+        for steps in (8, 7)
     )
-    codes = torch.tensor(sorted([*above, 0.0, *(-quantile for quantile in below)]))
+    codes = torch.tensor(sorted([*above, 0.0, *(-quantile for quantile in below)]), **PLAIN)
     return codes / codes[-1]
 
 
@@ -87,10 +90,10 @@ def dynamic_codes(signed: bool = True) -> Tensor:
     """
     codes = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i * (1 if signed else 2) + 1)
+        edges = torch.linspace(0.1, 1, 2**i * (1 if signed else 2) + 1, **PLAIN)
         middles = ((edges[:-1] + edges[1:]) / 2 * 10 ** (i - 6)).tolist()
         codes += [*middles, *(-middle for middle in middles if signed)]
-    return torch.tensor(sorted(codes))
+    return torch.tensor(sorted(codes), **PLAIN)
 
 
 def nearest(x: Tensor, codes: Tensor) -> Tensor:
@@ -101,7 +104,7 @@ def nearest(x: Tensor, codes: Tensor) -> Tensor:
 
 @cache
 def _codes_of_grid() -> Tensor:
-    points = (torch.arange(GRID + 1, dtype=torch.float64) * 2 / GRID - 1).float()
+    points = (torch.arange(GRID + 1, dtype=torch.float64, device="cpu") * 2 / GRID - 1).float()
     return nearest(points, dynamic_codes())
 
 
@@ -195,7 +198,7 @@ def dequantise_nf4(q: NF4Tensor, dtype: torch.dtype = torch.float32, *, table: T
     table = nf4_codes().to(q.packed.device) if table is None else table
     packed, numbers = q.packed.view(-1), prod(q.shape)
     nibbles = torch.stack([packed >> 4, packed & 15], 1).view(-1)[:numbers]
-    line = table[nibbles.int()]
+    line = table.index_select(0, nibbles.int())  # with [] torch would make 8 bytes of each index
     scales = _whole_absmax(q).repeat_interleave(q.block)[:numbers]
     return (line * scales).to(dtype).view(q.shape)
 

@@ -85,12 +85,15 @@ class States:
         self.slots = [
             _make(most, codes is not None, {"device": device}) for _ in range(min(resident, len(self.layout)) * paged)
         ]
+        if self.side is not None:  # else a slot that is let go could be handed out while a copy still reads it
+            for x in (x for slot in self.slots for x in slot.values()):
+                x.record_stream(self.side)
 
     def _take_over(self, parameters, state, size: int) -> None:
         first = 0
         for p in parameters:
             old, blocks = state[p], ceil(p.numel() / size)
-            mine = {"step": old.get("step", torch.zeros(()))}
+            mine = {"step": old["step"] if "step" in old else torch.zeros((), dtype=torch.float32, device="cpu")}
             for name, x in self.held.items():
                 part = x[first : first + blocks]
                 mine[name] = part.view(-1)[: p.numel()].view(p.shape) if name in WHOLE else part

@@ -223,7 +223,7 @@ def scatter_adapter(stage: StageGPT, tensors: Mapping[str, Tensor]) -> None:
     """This rank's pieces of such tensors, which every rank has.
 
     Raises ValueError, before anything is changed, for names that are missing or, where the stage is the whole model,
-    too many, for other shapes, and for NaN and infinity.
+    too many, for other shapes, for types that would be rounded, and for NaN and infinity.
     """
     named = _parameters(stage)
     if missing := [name for name in named if name not in tensors]:
@@ -233,6 +233,8 @@ def scatter_adapter(stage: StageGPT, tensors: Mapping[str, Tensor]) -> None:
     for name, p in named.items():
         if tuple(tensors[name].shape) != piece_of(p).shape:
             raise ValueError(f"{name} of shape {tuple(tensors[name].shape)}: expected {piece_of(p).shape}")
+        if torch.promote_types(tensors[name].dtype, p.dtype) != p.dtype:
+            raise ValueError(f"{name} is {tensors[name].dtype}: expected {p.dtype}, or fewer bits")
         if not tensors[name].isfinite().all():
             raise ValueError(f"{name} holds NaN or infinity: expected finite numbers")
     for name, p in named.items():

@@ -1,6 +1,7 @@
 """Predicted bytes against the storages of models that train, in three families and odd ones; states against sums by
 hand; the shapes of 8B and 70B against their published sizes; the command."""
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -143,7 +144,14 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     memory.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "equal; peak" in lines[1] and "within" in lines[1]
-    assert (tmp_path / lines[2]).exists()
+    held = dict(zip(lines[0].split()[2:], lines[1].split()[2:9], strict=False))
+    parts = sum(float(held[name]) for name in ("weights", "adapters", "gradients", "optimizer"))
+    assert float(held["held"]) == pytest.approx(parts, abs=0.002)
+    (row,) = json.loads((tmp_path / lines[2]).read_text())["rows"]
+    for name in ("weights", "adapters", "gradients", "optimizer", "host", "kept"):
+        assert row[name] == row[f"measured_{name}"]
+    parts = row["weights"] + row["adapters"] + row["gradients"] + row["optimizer"]
+    assert parts / 2**20 == row["held_mib"] == row["measured_held_mib"] == pytest.approx(float(held["held"]), abs=1e-3)
 
 
 def test_what_differs_is_named():
@@ -152,7 +160,9 @@ def test_what_differs_is_named():
     )
     assert memory.verdict(row).startswith("equal; peak")
     row["measured"] |= {"adapters": 17, "peak": 10**9}
-    assert memory.verdict(row).startswith("adapters 17; peak") and "OUTSIDE" in memory.verdict(row)
+    assert memory.verdict(row).startswith("adapters 17 bytes; peak") and "OUTSIDE" in memory.verdict(row)
+    row["measured"]["most_allocated"] = 3 * 2**19  # of a GPU
+    assert memory.verdict(row).endswith("; torch handed out 1.50")
 
 
 @pytest.mark.parametrize(

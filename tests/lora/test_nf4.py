@@ -11,6 +11,7 @@ from cuda import ops
 from cuda.quantised_ops import NF4
 from lora import nf4
 from lora.nf4 import NF4Tensor, dequantise_nf4, quantise_nf4
+from lora.quantised import QuantisedLinear
 from tests.cuda.products import DEVICES
 
 
@@ -46,9 +47,9 @@ def test_the_extreme_quantile_is_half_way():
     assert abs(nf4.EXTREME - (1 - (1 / 32 + 1 / 30) / 2)) <= 1e-7
 
 
-def dynamic_number(bits):
-    """What seven bits after the sign mean, read one at a time."""
-    text = f"{bits:07b}"
+def dynamic_number(bits, count=7):
+    """What the bits after the sign mean, read one at a time."""
+    text = f"{bits:0{count}b}"
     if "1" not in text:
         return 0.0
     zeros = text.index("1")
@@ -62,6 +63,29 @@ def test_dynamic_codes_are_what_the_bits_mean():
     codes = torch.tensor(sorted([*positive, *(-x for x in positive[1:]), 1.0]), dtype=torch.float64)
     assert len(nf4.dynamic_codes()) == 256
     torch.testing.assert_close(nf4.dynamic_codes().double(), codes, rtol=1e-6, atol=0)
+
+
+def test_unsigned_dynamic_codes_have_a_bit_more():
+    """Seven zeros and a one are the number 1, which has no sign either."""
+    codes = [1.0 if bits == 1 else dynamic_number(bits, 8) for bits in range(256)]
+    want = torch.tensor(sorted(codes), dtype=torch.float64)
+    torch.testing.assert_close(nf4.dynamic_codes(signed=False).double(), want, rtol=1e-6, atol=0)
+
+
+def test_tables_do_not_depend_on_the_moment_when_they_are_made():
+    """A layer without numbers is made first; or a test has set another type."""
+    tables = [nf4.nf4_codes(), nf4.dynamic_codes(), nf4.dynamic_codes(False)]
+    for of in (nf4.nf4_codes, nf4.dynamic_codes):
+        of.cache_clear()
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            again = [nf4.nf4_codes(), nf4.dynamic_codes(), nf4.dynamic_codes(False)]
+            assert all(x.is_meta for x in QuantisedLinear(64, 64, "nf4-double").buffers())
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, other in zip(tables, again, strict=True):
+        assert one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
 
 
 def test_tables_are_those_of_bitsandbytes(bitsandbytes):

@@ -303,7 +303,9 @@ def check_dtypes(rank, world_size):
             stage, groups = cut(LLAMA, mesh, comm)
             stage.to(torch.float32 if autocast else torch.bfloat16)
             groups |= shard_adapter(stage, adapter, sharding, comm, groups)
-            scatter_adapter(stage, named)
+            with pytest.raises(ValueError, match="is torch.float64: expected torch.float32, or fewer bits"):
+                scatter_adapter(stage, named)
+            scatter_adapter(stage, {name: p.detach().float() for name, p in named.items()})
             ear.calls.clear()
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
                 loss = stage(None, tokens, targets)
