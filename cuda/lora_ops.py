@@ -128,6 +128,8 @@ def _check(x, a_pool, b_pool, segments, indices, scales, ranks, y=None) -> None:
             raise ValueError(f"{name} is {tensor.dtype}: expected {dtype}; call .to()")
         if tuple(tensor.shape) != shape:
             raise ValueError(f"{name} has shape {tuple(tensor.shape)}: expected {shape}")
+    if y is not None and any(n > 1 and step == 0 for n, step in zip(y.shape, y.stride(), strict=True)):
+        raise ValueError(f"y has strides {y.stride()}: expected each element once, since it is added to; call .clone()")
 
 
 def _check_values(x, a_pool, segments, indices, ranks, check) -> None:

@@ -120,7 +120,7 @@ def merged(plain: GPT, server: MultiLora, name: str) -> GPT:
 
 
 class Decoding:
-    """Reads the prompts once; a call reads the steps after them and returns the last logits_BV."""
+    """Reads the prompts once; a call reads the steps after them, all through the head; the last logits_BV."""
 
     def __init__(self, model: GPT, tokens_BT: Tensor, prompt: int):
         self.model, self.tokens_BT, self.prompt = model, tokens_BT, prompt
@@ -132,8 +132,8 @@ class Decoding:
     def __call__(self) -> Tensor:
         cache = copy.copy(self.prompts)  # the same memory, but it goes on from the end of the prompts each time
         for step_B in self.tokens_BT[:, self.prompt :].unbind(1):
-            x_B1C = self.model.hidden(step_B[:, None], cache=cache)
-        return self.model.logits(x_B1C)[:, 0]
+            logits_BV = self.model.logits(self.model.hidden(step_B[:, None], cache=cache))[:, 0]
+        return logits_BV
 
 
 class Bench:
@@ -181,14 +181,15 @@ class Bench:
 
     def graph(self, run: Callable[[], Tensor]) -> Callable[[], Tensor]:
         """All launches of a call recorded once, to be repeated by the device alone; it has run before, so that what is
-        compiled is compiled. The rows' tables stay alive beside it, since the next selection makes others."""
+        compiled is compiled. What it reads stays alive beside it: the keys and values of `run`, and the rows' tables,
+        since the next selection makes others."""
         run()
         torch.cuda.synchronize()
-        graph, tables = torch.cuda.CUDAGraph(), (self.server.rows.groups, self.server.rows.indices_KB)
+        graph, read = torch.cuda.CUDAGraph(), (run, self.server.rows.groups, self.server.rows.indices_KB)
         with torch.cuda.graph(graph):
             logits_BV = run()
 
-        def replay(tables=tables) -> Tensor:
+        def replay(read=read) -> Tensor:
             graph.replay()
             return logits_BV
 

@@ -11,7 +11,8 @@ The model's linear layers stay as they are, frozen, and what each row's adapter 
 the dtype of the model. For inference: nothing has a gradient.
 
 Refused with a ValueError: adapters of embeddings, of another architecture, shape or base (everything that does not fit
-is listed), models with adapters of their own, unknown adapters.
+is listed), models with adapters of their own, unknown adapters, a batch inside another; with a RuntimeError: kernels
+that are not built or not installed.
 
 Shapes: B rows, T time, V vocabulary.
 """
@@ -26,6 +27,7 @@ import torch
 from torch import Tensor
 
 from common import cli
+from cuda import device as device_of
 from cuda.device import DTYPES
 from lora.adapter_cache import AdapterCache, Factors
 from lora.layers import Adapter, LoraLayer, sizes
@@ -46,17 +48,17 @@ class MultiLora:
 
     def __init__(self, model: GPT, *, pages: int, page_rank: int = 16, kernels: Kernels = "torch"):
         weight = model.embedding.weight
-        _check_kernels(kernels, weight.dtype, page_rank)
+        _check_kernels(kernels, weight, page_rank)
         if own := [name for name, layer in model.named_modules() if isinstance(layer, LoraLayer | MultiLoraLinear)]:
             raise ValueError(f"{', '.join(own)} have adapters already: expected a model without, see lora.remove")
         layers = {name: layer for name, layer in adaptable_layers(model).items() if kind_of(name) in LINEAR}
         if model.loss_fn is not None:  # which would read the head's weight past its adapters
             layers.pop("head", None)
-        self.model, self.rows = model.requires_grad_(False), RowPages(kernels, weight.device)
         self.cache = AdapterCache(
             {name: sizes(layer, embedding=False) for name, layer in layers.items()},
             pages=pages, page_rank=page_rank, dtype=weight.dtype, device=weight.device,
         )  # fmt: skip
+        self.model, self.rows = model.requires_grad_(False), RowPages(kernels, weight.device)
         for name, layer in layers.items():
             model.set_submodule(name, MultiLoraLinear(layer, name, self.cache.pools, self.rows))
 
@@ -86,7 +88,7 @@ class MultiLora:
 
     def compute_with(self, kernels: Kernels) -> None:
         """From the next selection of rows on."""
-        _check_kernels(kernels, self.cache.dtype, self.cache.page_rank)
+        _check_kernels(kernels, self.model.embedding.weight, self.cache.page_rank)
         self.rows.kernels = kernels
 
     def select(self, names: Sequence[str | None] | None) -> None:
@@ -95,8 +97,13 @@ class MultiLora:
 
     @contextmanager
     def batch(self, names: Sequence[str | None]) -> Iterator[GPT]:
-        """The model, in which row b has the adapter names[b]. Afterwards all rows are the model's own again."""
-        self.cache.acquire(names)
+        """The model, in which row b has the adapter names[b]. Afterwards all rows are the model's own again.
+
+        Raises ValueError inside another batch: the model knows one selection of rows.
+        """
+        if self.rows.rows is not None:
+            raise ValueError(f"a batch of {len(self.rows.rows)} rows is running: expected it to end first")
+        self.cache.acquire(names := list(names))
         try:
             self.select(names)
             yield self.model
@@ -105,14 +112,17 @@ class MultiLora:
             self.cache.release(names)
 
 
-def _check_kernels(kernels: str, dtype: torch.dtype, page_rank: int) -> None:
+def _check_kernels(kernels: str, weight: Tensor, page_rank: int) -> None:
     if kernels not in get_args(Kernels):
         raise ValueError(f"kernels {kernels!r}: expected one of {', '.join(get_args(Kernels))}")
-    if kernels != "torch" and (dtype not in DTYPES or page_rank > MOST_RANKS):
+    if kernels == "torch":
+        return
+    if weight.dtype not in DTYPES or page_rank > MOST_RANKS:
         raise ValueError(
-            f"kernels {kernels!r} of a {dtype} model with pages of {page_rank} ranks: expected one of {DTYPES} and at "
-            f"most {MOST_RANKS} ranks, or kernels 'torch'"
+            f"kernels {kernels!r} of a {weight.dtype} model with pages of {page_rank} ranks: expected one of {DTYPES} "
+            f"and at most {MOST_RANKS} ranks, or kernels 'torch'"
         )
+    device_of.place(weight.device, kernels=kernels)  # says now what is not built or not installed
 
 
 def factors_of(parts: dict[Place, list[Adapter]]) -> dict[str, Factors]:
@@ -161,14 +171,20 @@ def generate_mixed(
 
 
 def _holding(server: MultiLora, names: list[str | None], steps: Iterator) -> Iterator:
-    """Between steps other batches may use the model: each says its rows before a pass."""
+    """Between steps other batches may use the model: each says its rows before a pass, and a step leaves those that
+    were selected when it came, of a batch around it."""
     server.cache.acquire(names)
     try:
-        for step in steps:
-            server.select(None)
+        while True:
+            before = server.rows.rows
+            try:
+                step = next(steps, None)
+            finally:
+                server.rows.set(before)
+            if step is None:
+                return
             yield step
     finally:
-        server.select(None)
         server.cache.release(names)
 
 
@@ -208,7 +224,10 @@ class MultiConfig(SourceConfig):
 def main() -> None:
     config = cli.parse(MultiConfig, prog=cli.program(), description="one prompt under several adapters, in one batch")
     source = load_source(config)
-    server = MultiLora(source.model, pages=config.pages, kernels=config.kernels)
+    try:
+        server = MultiLora(source.model, pages=config.pages, kernels=config.kernels)
+    except RuntimeError as error:
+        raise cli.UserError(str(error)) from error
     for name, folder in config.folders().items():
         server.add(name, folder)
     names = [None, *config.folders()]

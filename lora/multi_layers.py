@@ -29,18 +29,19 @@ class RowPages:
         self.kernels, self.device = kernels, device
         self.rows: list[tuple[int, ...]] | None = None
         self.laid_out = None  # the kernels and rows that groups and indices_KB are of
+        self.segments = ()
 
     def set(self, rows: list[tuple[int, ...]] | None) -> None:
         """The pages of each row's adapter; None: all rows, however many, are the model's own."""
+        if rows is not None and (self.kernels, rows) != self.laid_out:  # the usual token: the same rows as before
+            groups, indices_KB = [], []
+            if self.kernels == "torch":
+                groups = [(self._index(numbers), pages) for pages, numbers in split(rows).items() if pages]
+            elif most := max(map(len, rows), default=0):
+                table = [[row[k] if k < len(row) else -1 for row in rows] for k in range(most)]
+                indices_KB = self._sent(table, torch.int32)
+            self.laid_out, self.groups, self.indices_KB = (self.kernels, rows), groups, indices_KB
         self.rows = rows
-        if rows is None or (self.kernels, rows) == self.laid_out:  # the usual token: the same rows as before
-            return
-        self.laid_out, self.segments, self.groups, self.indices_KB = (self.kernels, rows), (), [], []
-        if self.kernels == "torch":
-            self.groups = [(self._index(numbers), pages) for pages, numbers in split(rows).items() if pages]
-        elif most := max(map(len, rows), default=0):
-            table = [[row[k] if k < len(row) else -1 for row in rows] for k in range(most)]
-            self.indices_KB = self._sent(table, torch.int32)
 
     def _index(self, numbers: list[int]) -> slice | Tensor:
         """Neighbours are a slice, which copies nothing."""
@@ -66,7 +67,11 @@ class RowPages:
             return
         if x_BTI.ndim != 3 or len(x_BTI) != len(self.rows):
             raise ValueError(f"a batch of shape {tuple(x_BTI.shape)}: expected {len(self.rows)} rows, as were selected")
-        (self._by_torch if self.kernels == "torch" else self._by_kernels)(pool, x_BTI, y_BTO)
+        kernels, _ = self.laid_out  # not self.kernels, which may be another's since
+        if kernels == "torch":
+            self._by_torch(pool, x_BTI, y_BTO)
+        else:
+            self._by_kernels(kernels, pool, x_BTI, y_BTO)
 
     def _by_torch(self, pool: Pool, x_BTI: Tensor, y_BTO: Tensor) -> None:
         """The rows of an adapter together, by two products for each of its pages."""
@@ -80,19 +85,19 @@ class RowPages:
             if not isinstance(rows, slice):
                 y_BTO.index_copy_(0, rows, own_BTO)
 
-    def _by_kernels(self, pool: Pool, x_BTI: Tensor, y_BTO: Tensor) -> None:
+    def _by_kernels(self, kernels: str, pool: Pool, x_BTI: Tensor, y_BTO: Tensor) -> None:
         """One page of every row after the other."""
         T, weights, ranks = x_BTI.shape[1], (pool.A_PRI, pool.B_POR), (pool.scales_P, pool.ranks_P)
         for indices_B in self.indices_KB:
             if T == 1:
                 args = x_BTI[:, 0], *weights, indices_B, *ranks
-                ops.lora_bgmv(*args, y=y_BTO[:, 0], kernels=self.kernels)
+                ops.lora_bgmv(*args, y=y_BTO[:, 0], kernels=kernels)
                 continue
             for start in range(0, len(indices_B), MOST_SEGMENTS):
                 rows = slice(start, start + MOST_SEGMENTS)
                 own_B, x_MI, y_MO = indices_B[rows], x_BTI[rows].flatten(0, 1), y_BTO[rows].view(-1, y_BTO.shape[2])
                 args = x_MI, *weights, self._segments(len(own_B), T), own_B, *ranks
-                ops.lora_sgmv(*args, y=y_MO, kernels=self.kernels)
+                ops.lora_sgmv(*args, y=y_MO, kernels=kernels)
 
 
 def split(names: Sequence) -> dict:

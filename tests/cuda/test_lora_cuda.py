@@ -72,6 +72,27 @@ def test_any_strides(operation, batch):
     close(operation(a | {"x": same}), wanted(a | {"x": same}))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+def test_places_beyond_32_bits(device):
+    """Rows and adapters more than 2^31 elements apart, in memory of which hardly any page is touched."""
+    apart, near = 2**31 + 64, 2**20
+    everything = torch.empty(apart + 4 * near, dtype=torch.bfloat16, device=device)
+    a = Batch(segments=((1, 2),), ranks=(8, 13), most=16, width=72, out=40, device=device).arrays()
+    for i, name in enumerate(("x", "a_pool", "b_pool", "y")):
+        near_by = (a[name].shape[-1], 1) if a[name].ndim == 3 else (1,)
+        far = everything.as_strided(a[name].shape, (apart, *near_by), i * near)
+        a[name] = far.copy_(a[name])
+    want, before = wanted(a), a["y"].double()
+    for operation in OPERATIONS.values():
+        close(operation(a), want)
+        a["y"].copy_(before)
+        close(operation(a, y=a["y"]), before + want)
+    leaves = {name: a[name].detach().requires_grad_() for name in ("x", "a_pool", "b_pool")}
+    grads = torch.autograd.grad(sgmv(a | leaves), leaves.values(), lora_cases.gradient_of_y(a))
+    for mine, wish in zip(grads, wanted_gradients(a), strict=True):
+        close(mine, wish)
+
+
 @pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
 def test_without_ranks_padding_counts(operation):
     for padding in (0.0, 0.5):
@@ -301,6 +322,16 @@ def test_values_that_a_kernel_would_follow_are_refused(operation):
         with pytest.raises(ValueError, match=message):
             operation(a | change, y=a["y"])
     assert torch.equal(a["y"], before)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS)
+def test_a_y_that_has_an_element_twice_is_refused(operation):
+    a = Batch(width=40, out=30).arrays()
+    for y in (a["y"][:1].expand_as(a["y"]), a["y"][:, :1].expand_as(a["y"])):
+        with pytest.raises(ValueError, match=r"y has strides .*: expected each element once"):
+            operation(a, y=y)
+    one = replace(Batch(), segments=((0, 1),)).arrays()
+    close(operation(one, y=torch.zeros(333, dtype=one["y"].dtype).expand(1, 333)), wanted(one))
 
 
 def test_the_module_checks_sizes_itself():

@@ -52,6 +52,14 @@ def test_what_decodes_with_a_cache_reads_what_a_whole_pass_reads(bench):
     assert bench.check({name: run() for name, run in runs.items()})
 
 
+def test_each_step_goes_through_the_head(bench):
+    seen, run = [], bench.competitors(names_of("zipf", QUICK.batch))["mixed, torch"]
+    hook = bench.server.model.head.register_forward_hook(lambda layer, args, out: seen.append(out.shape))
+    run()
+    hook.remove()
+    assert seen == [(QUICK.batch, 1, QUICK.model.vocab_size)] * QUICK.steps
+
+
 @pytest.mark.parametrize("wrong", ["mixed, torch", "one adapter", "no adapter"])
 def test_a_competitor_that_computes_something_else_is_not_timed(bench, wrong):
     runs = bench.competitors(names_of("distinct", QUICK.batch))
@@ -80,6 +88,8 @@ def test_graphs_compute_what_the_host_launches():
     runs = made.competitors(names_of("zipf", QUICK.batch))
     expected = {name: run() for name, run in runs.items()}
     graphs = {name: made.graph(run) for name, run in runs.items()}
+    del runs  # a graph keeps what it reads
+    torch.cuda.empty_cache()
     for name, graph in graphs.items():
         assert (graph() - expected[name]).abs().max() <= 1e-4, name
     assert made.check({name: graph() for name, graph in graphs.items()})

@@ -5,11 +5,13 @@ import copy
 import sys
 import warnings
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from common import cli
+from cuda import modules
 from lora import multi, multi_layers
 from lora.config import LoraConfig
 from lora.lora import activate, add_adapter, merge, unmerge
@@ -141,6 +143,8 @@ def test_kernels_compute_what_torch_computes(kernels, T, device):
 def needs(kernels: str) -> None:
     if kernels == "triton":
         pytest.importorskip("triton", reason="pip install triton")
+    elif kernels == "cuda":
+        pytest.importorskip("cuda._simt", reason="make native builds the kernels")
 
 
 @torch.no_grad()
@@ -192,6 +196,76 @@ def test_an_adapter_that_comes_back_to_other_pages_is_read_there(models):
         for row, name in enumerate(names):
             assert worst(logits_BTV[row : row + 1], alone(source, name)(x_BT[row : row + 1])) <= 1e-12
     assert server.cache.counts.evictions == 4
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kernels", ["torch", "cuda"])
+@torch.no_grad()
+def test_pages_change_hands_between_passes_that_nobody_waits_for(kernels, device):
+    """On a GPU the next adapter's copies, and the next rows' tables, wait behind what still reads those before."""
+    needs(kernels)
+    model, x_BT = base(layers=1).float().to(device), tokens(3, 5).to(device)
+    source = trained(model, {name: LoraConfig(4, targets=("value", "down")) for name in "ab"})
+    batches = {name: [name, None, name] for name in "ab"}
+    expected = {}
+    for name in "ab":
+        with serve(model, source, "ab", pages=1).batch(batches[name]) as mixed:
+            expected[name] = mixed(x_BT)
+    server, found = serve(model, source, "ab", pages=1, kernels=kernels), []
+    for name in "abbabababaab":
+        with server.batch(batches[name]) as mixed:
+            found.append((name, mixed(x_BT)))
+    assert worst(expected["a"], expected["b"]) > 1e-2
+    for name, logits_BTV in found:
+        assert worst(logits_BTV, expected[name]) <= 1e-5
+
+
+@torch.no_grad()
+def test_other_kernels_come_with_the_next_batch(models):
+    """Asked for inside of one, they change nothing in it: its rows are laid out for those before."""
+    needs("triton")
+    model, source = models
+    server, x_BT = serve(copy.deepcopy(model).float(), copy.deepcopy(source).float()), tokens(len(NAMES), 3)
+    with server.batch(NAMES) as mixed:
+        expected_BTV = mixed(x_BT)
+        server.compute_with("triton")
+        assert torch.equal(mixed(x_BT), expected_BTV)
+    assert server.rows.kernels == "triton"
+
+
+@torch.no_grad()
+def test_a_batch_inside_another_is_refused_and_a_step_inside_one_leaves_its_rows(models):
+    model, source = models
+    server, x_BT = serve(model, source), tokens(2, 4)
+    steps = generate_mixed(server, PROMPTS[:2], ["many", None], max_new_tokens=4, sampling=SAMPLED)
+    first = next(steps)
+    with server.batch(name for name in ["few", "head"]) as mixed:
+        expected_BTV = mixed(x_BT)
+        with pytest.raises(ValueError, match="a batch of 2 rows is running"), server.batch(["few", "few"]):
+            pass
+        found = [first, next(steps)]
+        assert torch.equal(mixed(x_BT), expected_BTV)
+    assert torch.equal(server.model(x_BT), model(x_BT)) and server.cache.held.total() == 1
+    alone_ = generate_mixed(server, PROMPTS[:2], ["many", None], max_new_tokens=4, sampling=SAMPLED)
+    assert columns([*found, *steps]) == columns(alone_)
+
+
+@torch.no_grad()
+def test_rows_that_could_not_be_sent_are_sent_the_next_time(models, monkeypatch):
+    """As where pinned memory runs out."""
+    model, source = models
+    server, x_BT, names = serve(model, source), tokens(3, 4), ["few", None, "few"]
+    with server.batch(names) as mixed:
+        expected_BTV = mixed(x_BT)
+    with server.batch([None]):
+        pass
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no memory"):
+        patch.setattr(server.rows, "_sent", Mock(side_effect=RuntimeError("no memory")))
+        with server.batch(names):
+            pass
+    with server.batch(names) as mixed:
+        assert torch.equal(mixed(x_BT), expected_BTV)
+    assert not server.cache.held.total()
 
 
 # ---- generating ------------------------------------------------------------------------------------------------------
@@ -349,6 +423,16 @@ def test_a_head_that_a_loss_would_read_past_its_adapter_cannot_have_one(models):
         server.add("head", source)
 
 
+def test_kernels_that_are_not_built_are_said_before_an_adapter_is_read(monkeypatch):
+    monkeypatch.setattr(modules, "load", Mock(side_effect=RuntimeError("cuda._simt is not built")))
+    with pytest.raises(RuntimeError, match="is not built"):
+        MultiLora(base().float(), pages=1, kernels="cuda")
+    server = MultiLora(base().float(), pages=1)
+    with pytest.raises(RuntimeError, match="is not built"):
+        server.compute_with("cuda")
+    assert server.rows.kernels == "torch"
+
+
 # ---- the program -----------------------------------------------------------------------------------------------------
 
 
@@ -368,7 +452,7 @@ def program(monkeypatch, capsys):
     return call
 
 
-def test_the_program_shows_one_prompt_under_each_adapter(program, tmp_path):
+def test_the_program_shows_one_prompt_under_each_adapter(program, tmp_path, monkeypatch):
     source = trained(random_gpt(**SMALL | LLAMA).float(), {"x": LoraConfig(3), "y": LoraConfig(6, targets=("query",))})
     save_pretrained(random_gpt(**SMALL | LLAMA).float(), tmp_path, tokenizer=Tokenizer.bytes_only())
     for name in ("x", "y"):
@@ -393,3 +477,6 @@ def test_the_program_shows_one_prompt_under_each_adapter(program, tmp_path):
     ):
         code, out, err = program(*options, *flags)
         assert code == 2 and not out and message in err and err.count("\n") == 1, err
+    monkeypatch.setattr(modules, "load", Mock(side_effect=RuntimeError("cuda._simt is not built")))
+    code, out, err = program(*options, "--adapters", both, "--kernels", "cuda")
+    assert code == 2 and not out and err.endswith("error: cuda._simt is not built\n"), err
