@@ -6,17 +6,19 @@ function, write its signature. One folder a run:
     config.json  left_out.jsonl  report.md  curves.png
     base.jsonl                       what the untrained model answers to the held-out prompts
     lora/metrics.jsonl  lora/held_out.jsonl  lora/adapter/  lora/summary.json        and so on for each method
+    full/tokenizer.json, beside which minigpt.sample finds the model; full/model/ for its --hf where the base is one
 
 A run that was killed or stopped goes on with --resume, to the same numbers bit by bit on a CPU; methods that are done
 stay. On N ranks: `torchrun --standalone --nproc-per-node N -m lora.finetune`. Refused: overwriting a run, resuming
-another one, and what config, data and adapters refuse, all of it before the first step.
+another one or one whose base or data have changed since, and what config, data and adapters refuse, all of it before
+the first step.
 """
 
 import copy
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +30,14 @@ from common.log import RunLog, atomic_write, versions
 from lora import report
 from lora.adapter_file import save_anywhere
 from lora.config import LoraConfig
-from lora.finetune_config import PRESETS, FinetuneConfig, Method, deciding, from_plain, plain
+from lora.finetune_config import METHODS, PRESETS, FinetuneConfig, Method, deciding, from_plain, plain
 from lora.finetuner import Finetuner
 from lora.judge import judge, write_judged
-from lora.methods import adapter_config, frozen, num_bytes, prepare, trained
+from lora.methods import adapter_config, frozen, model_digest, num_bytes, prepare, trained
+from lora.report import ANSWERS, CONFIG, SUMMARY
 from lora.task import Task, load_task
 from minigpt.checkpoint import TOKENIZER, checkpoint_folders, differing
-from minigpt.hf import read_json
+from minigpt.hf import read_json, save_pretrained
 from minigpt.sample import Source, SourceConfig, load_source
 from minigpt.train import interruptible, memory
 from parallel.comm import Comm, Listener, make_comm
@@ -42,7 +45,7 @@ from parallel.debug import Watchdog
 from parallel.errors import run_ranks
 from parallel.mesh import Layout, Mesh
 
-SUMMARY, CONFIG, ANSWERS, LEFT_OUT = "summary.json", "config.json", "held_out.jsonl", "left_out.jsonl"
+LEFT_OUT = "left_out.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,7 @@ class Job:
     task: Task
     comm: Comm
     device: torch.device
+    identity: dict[str, Any]
 
     @property
     def writes(self) -> bool:
@@ -77,7 +81,9 @@ def finetune(config: FinetuneConfig, world: World, listeners: Sequence[Listener]
     for method in config.methods:
         adapter_config(source.model, method, config)  # says now what would only come up after other methods
     comm = make_comm(Mesh(Layout(dp=world.world_size), world.rank, world.world_size).group("dp"), listeners=listeners)
-    job = Job(config, source, task, comm, world.device)
+    job = Job(config, source, task, comm, world.device, identity(source, task))
+    if config.resume:
+        refuse_another(config.folder / CONFIG, job.identity)
     left = [method for method in config.methods if not (job.folder(method) / SUMMARY).exists()]
     comm.barrier()  # every rank has looked before rank 0 writes
     if job.writes:
@@ -91,7 +97,8 @@ def finetune(config: FinetuneConfig, world: World, listeners: Sequence[Listener]
             print(f"\nstopped; continue with: python -m {cli.program()} --folder {config.folder} --resume", flush=True)
         raise
     comm.barrier()
-    return report.write(config.folder, config.methods, task.signatures) if job.writes else ""
+    done = [method for method in METHODS if (job.folder(method) / SUMMARY).exists()]  # also of earlier sittings
+    return report.write(config.folder, done, task.signatures) if job.writes else ""
 
 
 def load_base(config: FinetuneConfig) -> Source:
@@ -108,9 +115,28 @@ def refuse_existing(folder: Path) -> None:
         raise ValueError(f"{folder} already holds a run ({CONFIG}): continue with --resume, or choose another --folder")
 
 
+def identity(source: Source, task: Task) -> dict[str, Any]:
+    """What decides a run's numbers besides its config: a file may change while its name stays."""
+    return {
+        "data": {"name": task.examples.name, "digest": task.digest},
+        "base": {"digest": model_digest(source.model), "tokenizer": source.tokenizer.digest},
+    }
+
+
+def refuse_another(path: Path, identity: dict[str, Any]) -> None:
+    """Methods that are done would be compared with methods of another base, or judged on other examples."""
+    stored = read_json(path, "the folder of a run that lora.finetune began")
+    there, here = (
+        {f"{name} {key}": value for name in identity for key, value in (found.get(name) or {}).items()}
+        for found in (stored, identity)
+    )
+    if differences := differing(there, here):
+        raise ValueError(f"{path} belongs to another run: {differences}")
+
+
 def write_config(job: Job) -> None:
-    config, data = job.config, {"name": job.task.examples.name, "digest": job.task.digest}
-    about = {"config": plain(config), "data": data, "versions": versions()}
+    config = job.config
+    about = {"config": plain(config), **job.identity, "versions": versions()}
     atomic_write(config.folder / CONFIG, json.dumps(about, indent=2) + "\n")
     job.task.list_left_out(config.folder / LEFT_OUT)
 
@@ -123,6 +149,8 @@ def describe_base(job: Job) -> str:
 def run_method(job: Job, method: Method) -> None:
     """Trains by one method, or goes on where its newest checkpoint stands, and judges it."""
     config, folder = job.config, job.folder(method)
+    if job.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(job.device)  # the method's own peak, not that of one before it
     model = copy.deepcopy(job.source.model)
     adapter = prepare(model, method, config)
     tuner = Finetuner(config, method, model.to(job.device), job.task, job.comm, folder)
@@ -180,17 +208,20 @@ def run_steps(tuner: Finetuner, log: RunLog, interrupted: Callable[[], bool]) ->
         log.progress(step, loss=metrics["loss"])
         if last or stop or step % config.checkpoint_every == 0:
             tuner.save()
-        if stop and not last:
+        if stop:  # after the last step too: there may be other methods
             log.message(f"{tuner.folder} holds step {step}")
             raise KeyboardInterrupt
 
 
 def save_model(job: Job, method: Method, tuner: Finetuner) -> None:
-    """The adapter; of full fine-tuning the last checkpoint is the model, and minigpt.sample wants its tokenizer."""
-    if method == "full":
-        job.source.tokenizer.save(tuner.folder / TOKENIZER)
-    else:
+    """What minigpt.sample and PEFT read. The adapter; of full fine-tuning a folder for --hf where the base is one, as
+    its documents open as those of the base do; else the last checkpoint is the model and lacks the tokenizer only."""
+    if method != "full":
         save_anywhere(tuner.model, tuner.folder / "adapter")
+    elif job.config.hf is not None:
+        save_pretrained(tuner.model, tuner.folder / "model", tokenizer=job.source.tokenizer)
+    else:
+        job.source.tokenizer.save(tuner.folder / TOKENIZER)
 
 
 def summarise(job: Job, method: Method, adapter: LoraConfig | None, tuner: Finetuner) -> dict[str, Any]:
@@ -220,7 +251,9 @@ def configured(argv: list[str] | None = None) -> FinetuneConfig:
     if not config.resume:
         return config
     path = config.folder / CONFIG
-    stored = read_json(path, "the folder of a run that lora.finetune began")["config"]
+    stored = read_json(path, "the folder of a run that lora.finetune began").get("config")
+    if not isinstance(stored, dict) or set(stored) != {field.name for field in fields(FinetuneConfig)}:
+        raise ValueError(f"{path}: expected the config of a run that this lora.finetune began")
     if "preset" not in explicit:
         given = {name: getattr(config, name) for name in explicit}
         config = from_plain(stored, **given | {"folder": config.folder, "resume": True})

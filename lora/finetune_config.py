@@ -29,7 +29,7 @@ class FinetuneConfig:
     method: Literal["full", "lora", "qlora", "bd-lora", "all"] = option("all", "what is trained; all: one by one")
     # the data
     data: Path | None = field(default=None, metadata={"help": "JSONL to train on; none: Python's standard library"})
-    held_out: Path | None = field(default=None, metadata={"help": "JSONL to judge by; none: a share of the data"})
+    held_out: Path | None = field(default=None, metadata={"help": "JSONL to judge by; none: a share of --data"})
     held_out_share: float = option(0.05, "that share; its examples are chosen by their prompts")
     template: Literal["plain", "chatml", "llama3"] = option("plain", "what marks the turns")
     context: int = option(0, "tokens in a row of packed examples; 0 for the model's context")

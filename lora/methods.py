@@ -3,7 +3,8 @@
     full      every parameter          qlora     an adapter beside a base in 4 bits
     lora      an adapter beside it     bd-lora   one with block-diagonal factors, of about as many parameters
 
-Refused: layers that are not there or that blocks do not divide, before anything is trained.
+Refused: layers that are not there or that blocks do not divide, weights that cannot be quantised, before anything is
+trained.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from lora.config import LoraConfig
 from lora.finetune_config import FinetuneConfig, Method
 from lora.layers import factor_shapes
 from lora.lora import add_adapter, check_addition
-from lora.qlora import quantise_base
+from lora.qlora import check_base, quantise_base
 from lora.targets import adaptable_layers, places_of
 from minigpt.model import GPT
 
@@ -29,6 +30,8 @@ def adapter_config(model: GPT, method: Method, config: FinetuneConfig) -> LoraCo
     if method == "bd-lora":
         rank = matched_rank(model, adapter, config.blocks)
         adapter = config.adapter(rank=rank, blocks=config.blocks)
+    if method == "qlora":
+        check_base(model)
     check_addition(model, adapter, "default")
     return adapter
 
@@ -77,9 +80,18 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 
 
 def frozen_digest(model: nn.Module) -> str:
-    """SHA-256, in hex, of every frozen tensor: name, type, shape and bytes."""
+    return tensors_digest(frozen(model))
+
+
+def model_digest(model: nn.Module) -> str:
+    """Of all parameters and buffers."""
+    return tensors_digest(dict(chain(model.named_parameters(), model.named_buffers())))
+
+
+def tensors_digest(tensors: dict[str, Tensor]) -> str:
+    """SHA-256, in hex, of every tensor: name, type, shape and bytes."""
     digest = hashlib.sha256()
-    for name, x in sorted(frozen(model).items()):
+    for name, x in sorted(tensors.items()):
         digest.update(f"{name} {x.dtype} {tuple(x.shape)}\n".encode())
         digest.update(x.detach().cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

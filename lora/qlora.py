@@ -32,23 +32,24 @@ def quantise_base(
     """
     options = {"block": block, "group": group, "asymmetric": asymmetric, "kernels": kernels}
     QuantisedLinear(0, 0, format, **options)  # says what is wrong with them
-    layers = _plain_layers(model)
-    for name, layer in layers.items():
-        nf4.check_weight(f"{name}.weight", layer.weight)
+    layers = check_base(model)
     model.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, QuantisedLinear.from_linear(layer, format, name=name, **options))
     return list(layers)
 
 
-def _plain_layers(model: GPT) -> dict[str, nn.Linear]:
-    """The linear layers of the blocks, by name. Raises ValueError where one is something else by now."""
+def check_base(model: GPT) -> dict[str, nn.Linear]:
+    """The linear layers of the blocks, by name. Raises ValueError where one is something else by now, or its weight is
+    not finite or of a type that is not quantised."""
     found = {name: module for name, module in model.blocks.named_modules(prefix="blocks") if kind_of(name) in LINEAR}
     for kind, what in ((QuantisedLinear, "is quantised already"), (LoraLayer, "has an adapter")):
         if wrong := [name for name, module in model.named_modules() if isinstance(module, kind)]:
             raise ValueError(f"{wrong[0]} {what}: expected quantise_base on a plain GPT, once and before add_adapter")
     if wrong := [name for name, module in found.items() if type(module) is not nn.Linear]:
         raise ValueError(f"{wrong[0]} is {type(found[wrong[0]]).__name__}: expected nn.Linear")
+    for name, layer in found.items():
+        nf4.check_weight(f"{name}.weight", layer.weight)
     return found
 
 

@@ -5,7 +5,6 @@ of methods on the same examples, and copies curves.png: what the chapter shows c
 without a finished run.
 """
 
-import json
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -15,8 +14,8 @@ from common import cli
 from common.log import atomic_write
 from common.results import save_result
 from lora.finetune_config import METHODS
-from lora.judge import Judged, loss_of, read_judged
-from lora.report import ANSWERS, BASE, PICTURE, SUMMARY, compared
+from lora.judge import Judged, loss_of
+from lora.report import CONFIG, PICTURE, SUMMARY, compared, read, with_base
 from minigpt.hf import read_json
 
 
@@ -31,14 +30,10 @@ def record(config: RecordConfig) -> list[Path]:
     done = [method for method in METHODS if (config.folder / method / SUMMARY).exists()]
     if not done or not (config.folder / PICTURE).exists():
         raise ValueError(f"{config.folder} holds no finished run: expected {PICTURE} and a method with {SUMMARY}")
-    about = read_json(config.folder / "config.json", "the folder of a run that lora.finetune began")
-    summaries = {method: json.loads((config.folder / method / SUMMARY).read_text()) for method in done}
-    judged = {method: read_judged(config.folder / method / ANSWERS) for method in done}
-    rows = [
-        row(summaries[method], read_judged(config.folder / summaries[method]["start"]), judged[method])
-        for method in done
-    ]
-    judged = {BASE: read_judged(config.folder / summaries[done[0]]["start"]), **judged}
+    about = read_json(config.folder / CONFIG, "the folder of a run that lora.finetune began")
+    summaries, before, after = read(config.folder, done)
+    rows = [row(summaries[method], before[method], after[method]) for method in done]
+    judged = with_base(summaries, before, after)
     pairs = [difference(b, judged[b], a, judged[a]) for b, a in combinations(judged, 2)]
     device = summaries[done[0]]["machine"]["device"]
     options = {"config": about["config"] | {"data": about["data"]}, "device": device, "root": config.out}
@@ -55,7 +50,7 @@ def row(summary: dict[str, Any], before: list[Judged], after: list[Judged]) -> d
             f"loss_{when}": loss_of(judged),
             f"right_{when}": sum(each.exact for each in judged),
             f"similarity_{when}": sum(each.similarity for each in judged) / len(judged),
-            f"parses_{when}": sum(bool(each.parses) for each in judged),
+            f"parses_{when}": None if judged[0].parses is None else sum(bool(each.parses) for each in judged),
         }
     return {**summary, "examples": len(after), **values}
 

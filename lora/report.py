@@ -16,29 +16,39 @@ from common.log import atomic_write, read_jsonl
 from lora.judge import Judged, loss_of, read_judged
 from lora.statistics import Comparison, Interval, bootstrap_difference, compare
 
-PICTURE, TEXT, ANSWERS, SUMMARY = "curves.png", "report.md", "held_out.jsonl", "summary.json"
+PICTURE, TEXT, CONFIG, ANSWERS, SUMMARY = "curves.png", "report.md", "config.json", "held_out.jsonl", "summary.json"
 BASE = "base"
 SHOWN = 6  # held-out prompts whose answers the report holds
 WIDEST = 110  # characters of an answer there
+ByMethod = dict[str, list[Judged]]
 
 
 def write(folder: Path, methods: Sequence[str], signatures: bool) -> str:
-    """Writes report.md and curves.png of the methods that are done; returns the text."""
-    summaries = {method: json.loads((folder / method / SUMMARY).read_text()) for method in methods}
-    if not summaries:
-        raise ValueError(f"{folder}: no method: expected at least one that is done")
-    before = {method: read_judged(folder / s["start"]) for method, s in summaries.items()}
-    after = {method: read_judged(folder / method / ANSWERS) for method in methods}
-    curves = {method: held_out_curve(folder / method) for method in methods}
-    draw(folder / PICTURE, curves)
-    # All but qlora start from the same weights, so that is the base of the comparisons where there is one.
-    first = next((method for method in methods if summaries[method]["start"] == f"{BASE}.jsonl"), methods[0])
-    judged = {BASE: before[first], **after}
+    """Writes report.md and curves.png of `methods`, which are done; returns the text."""
+    summaries, before, after = read(folder, methods)
+    draw(folder / PICTURE, {method: held_out_curve(folder / method) for method in methods})
+    judged = with_base(summaries, before, after)
     lines = ["# Fine-tuning", "", *rules(after[methods[0]], signatures), "", *table(summaries, before, after), ""]
     lines += ["## Differences", "", *differences(judged), "", "## Answers", "", *samples(judged), f"![]({PICTURE})"]
     text = "\n".join(lines) + "\n"
     atomic_write(folder / TEXT, text)
     return text
+
+
+def read(folder: Path, methods: Sequence[str]) -> tuple[dict[str, dict[str, Any]], ByMethod, ByMethod]:
+    """By method: its summary, and what is judged before and after training."""
+    summaries = {method: json.loads((folder / method / SUMMARY).read_text()) for method in methods}
+    if not summaries:
+        raise ValueError(f"{folder}: no method: expected at least one that is done")
+    before = {method: read_judged(folder / s["start"]) for method, s in summaries.items()}
+    return summaries, before, {method: read_judged(folder / method / ANSWERS) for method in methods}
+
+
+def with_base(summaries: dict[str, dict[str, Any]], before: ByMethod, after: ByMethod) -> ByMethod:
+    """What is compared, pair by pair. All but qlora start from the same weights, so that is the base where there is
+    one."""
+    first = next((method for method, s in summaries.items() if s["start"] == f"{BASE}.jsonl"), next(iter(summaries)))
+    return {BASE: before[first], **after}
 
 
 def rules(judged: Sequence[Judged], signatures: bool) -> list[str]:
@@ -50,9 +60,7 @@ def rules(judged: Sequence[Judged], signatures: bool) -> list[str]:
     ]
 
 
-def table(
-    summaries: dict[str, dict[str, Any]], before: dict[str, list[Judged]], after: dict[str, list[Judged]]
-) -> list[str]:
+def table(summaries: dict[str, dict[str, Any]], before: ByMethod, after: ByMethod) -> list[str]:
     """One row a method, values before and after."""
     head = ("method", "trained", "rank", "loss", "right", "similarity", "parses", "frozen", "optimizer", "training")
     rows = [head, ("---",) + ("---:",) * (len(head) - 1)]
@@ -80,13 +88,13 @@ def arrow(values: Sequence[object]) -> str:
     return " → ".join(map(str, values))
 
 
-def differences(judged: dict[str, list[Judged]]) -> list[str]:
+def differences(judged: ByMethod) -> list[str]:
     """Every pair of methods, and each beside the base, on the same examples."""
     pairs = list(combinations(judged, 2))
     lines = [
-        f"On the same examples; intervals of 95% by the bootstrap over examples, exact McNemar test of `right`. These "
-        f"are {len(pairs)} comparisons, and no p-value is corrected for that; one run a method, so what another seed "
-        f"would change is in none of them.",
+        f"On the same examples, which count as independent; intervals of 95% by the bootstrap over examples, exact "
+        f"McNemar test of `right`. These are {len(pairs)} comparisons, and no p-value is corrected for that; one run a "
+        f"method, so what another seed would change is in none of them.",
         "",
     ]
     for b, a in pairs:
@@ -98,11 +106,15 @@ def differences(judged: dict[str, list[Judged]]) -> list[str]:
 def compared(
     name_a: str, a: Sequence[Judged], name_b: str, b: Sequence[Judged]
 ) -> tuple[Comparison, Interval, Interval]:
-    """a - b on the same examples: right answers, loss in nats a token, similarity."""
-    tokens = sum(each.tokens for each in a) / len(a)  # by which the mean over examples is the loss of the table
+    """a - b on the same examples: right answers, loss in nats a token, similarity. Raises ValueError for others."""
+    asked_a, asked_b = ([(each.prompt, each.wanted, each.tokens) for each in judged] for judged in (a, b))
+    if asked_a != asked_b:
+        raise ValueError(f"{name_a} and {name_b} were judged on other examples: expected the same, in the same order")
     return (
         compare(name_a, [each.exact for each in a], name_b, [each.exact for each in b]),
-        bootstrap_difference([each.nats / tokens for each in a], [each.nats / tokens for each in b], seed=0),
+        bootstrap_difference(
+            [each.nats for each in a], [each.nats for each in b], counts=[each.tokens for each in a], seed=0
+        ),
         bootstrap_difference([each.similarity for each in a], [each.similarity for each in b], seed=0),
     )
 
@@ -111,7 +123,7 @@ def shown_interval(found: Interval) -> str:
     return f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
 
 
-def samples(judged: dict[str, list[Judged]]) -> list[str]:
+def samples(judged: ByMethod) -> list[str]:
     """Evenly spaced held-out prompts, not chosen ones."""
     examples, lines = len(next(iter(judged.values()))), []
     for number in sorted({i * examples // SHOWN for i in range(SHOWN)}):
@@ -124,7 +136,9 @@ def samples(judged: dict[str, list[Judged]]) -> list[str]:
 
 
 def shown(text: str) -> str:
+    """One line, as a terminal and Markdown can show it: what a model writes may hold control characters."""
     line = " ⏎ ".join(text.strip().splitlines()).replace("```", "'''")
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
     return line if len(line) <= WIDEST else line[: WIDEST - 1] + "…"
 
 

@@ -27,7 +27,7 @@ class McNemar:
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """Mean of a - b over the examples, and the interval around it."""
+    """Mean of a - b over the examples, or over what they count, and the interval around it."""
 
     difference: float
     low: float
@@ -57,13 +57,17 @@ def binomial_p_value(b: int, c: int) -> float:
 
 
 def bootstrap_difference(
-    values_a: Sequence[float], values_b: Sequence[float], *, draws: int = 10_000, level: float = 0.95, seed: int
-) -> Interval:
+    values_a: Sequence[float], values_b: Sequence[float], *, counts: Sequence[float] | None = None,
+    draws: int = 10_000, level: float = 0.95, seed: int,
+) -> Interval:  # fmt: skip
     """Percentile interval of mean(a - b) (Efron, 1979): N pairs are drawn from the N with replacement, `draws` times.
+
+    With `counts`, of sum(a - b) / sum(counts): of nats and tokens of the examples, the difference of two losses a
+    token. Then the count of a pair is drawn with it; a fixed one would make an interval of another quantity.
 
     Pairs stay together. The same seed gives the same interval. Where all differences are equal, its width is zero:
     the bootstrap knows nothing beyond the examples. Raises ValueError for lists of unequal length or of fewer than two,
-    values that are not finite, a level outside (0, 1), and too few draws for that level.
+    values that are not finite, counts that are not positive, a level outside (0, 1), and too few draws for that level.
     """
     if not (0 < level < 1):
         raise ValueError(f"level {level}: expected a share between 0 and 1")
@@ -71,13 +75,16 @@ def bootstrap_difference(
         raise ValueError(f"draws {draws}: expected at least {math.ceil(2 / (1 - level))}, one in each tail at {level}")
     a_N, b_N = _paired(_numbers("values_a", values_a), _numbers("values_b", values_b), at_least=2)
     difference_N = a_N - b_N
+    count_N = np.ones_like(a_N) if counts is None else _paired(_numbers("counts", counts), a_N, at_least=2)[0]
+    if not (count_N > 0).all():
+        raise ValueError(f"counts {_shown(counts)}: expected positive numbers")
     N, generator = difference_N.size, np.random.default_rng(seed)
     means_D, rows = np.empty(draws), max(1, DRAWN_AT_ONCE // N)
     for start in range(0, draws, rows):
         chosen_DN = generator.integers(N, size=(min(rows, draws - start), N))
-        means_D[start : start + rows] = difference_N[chosen_DN].mean(axis=1)
+        means_D[start : start + rows] = difference_N[chosen_DN].sum(axis=1) / count_N[chosen_DN].sum(axis=1)
     low, high = np.quantile(means_D, [(1 - level) / 2, (1 + level) / 2])
-    return Interval(float(difference_N.mean()), float(low), float(high), level)
+    return Interval(float(difference_N.sum() / count_N.sum()), float(low), float(high), level)
 
 
 def edit_similarity(a: str, b: str) -> float:

@@ -4,7 +4,7 @@ import json
 import shutil
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -15,14 +15,15 @@ from lora.adapter_file import load_own
 from lora.finetune import configured, finetune
 from lora.finetune_config import METHODS, PRESETS, FinetuneConfig
 from lora.finetuner import Finetuner
-from lora.judge import judge, loss_of, read_judged
+from lora.judge import Judged, judge, loss_of, read_judged
 from lora.peft_files import load_adapter
 from lora.qlora import quantise_base
 from lora.statistics import compare
 from lora.task import load_task
-from minigpt.checkpoint import load_run
+from minigpt.checkpoint import TOKENIZER, load_run, save_checkpoint
 from minigpt.hf import load_pretrained, save_pretrained
 from minigpt.sample import SourceConfig, load_source
+from minigpt.tokenizer import GPT4, Tokenizer
 from tests.lora.finetune_runs import BYTES, TINY, alone, comm_of, lines, tiny_config, write_base, write_lines
 from tests.lora.test_finetune_parts import LLAMA
 from tests.minigpt import programs
@@ -140,6 +141,24 @@ def test_one_method_first_and_all_later(tmp_path):
     assert all(f"| {method} |" in text for method in METHODS)
 
 
+def test_the_report_keeps_methods_of_earlier_sittings(tmp_path):
+    config = tiny_config(tmp_path, method="lora", steps=2)
+    finetune(config, alone())
+    text = finetune(replace(config, method="qlora", resume=True), alone())
+    assert "| lora |" in text and "| qlora |" in text and text.count("exact McNemar p") == 3
+
+
+def test_ctrl_c_during_the_last_step_stops_before_the_next_method(tmp_path, monkeypatch):
+    config = tiny_config(tmp_path, steps=2)
+    update = Finetuner.update
+    monkeypatch.setattr(Finetuner, "update", lambda self, stop=False: update(self, stop=self.step == 1))
+    with pytest.raises(KeyboardInterrupt):
+        finetune(config, alone())
+    assert not (config.folder / "full" / "summary.json").exists() and not (config.folder / "lora").exists()
+    monkeypatch.setattr(Finetuner, "update", update)
+    assert "| bd-lora |" in finetune(replace(config, resume=True), alone())
+
+
 def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     config = tiny_config(tmp_path, method="lora", steps=4000, checkpoint_every=1000)
     flags = flags_of(config, "method", "steps", "checkpoint_every")
@@ -185,6 +204,10 @@ def test_flags_beside_resume_are_compared(finished, tmp_path):
         configured([*folder, "--preset", "smoke"])
     with pytest.raises(ValueError, match=r"config.json: no such file; expected the folder of a run"):
         configured(["--folder", str(tmp_path), "--resume"])
+    for other in ({"config": {"folder": "x", "resume": False, "steps": 3}}, {"config": 3}, {}):  # minigpt.train's, say
+        (tmp_path / "config.json").write_text(json.dumps(other))
+        with pytest.raises(ValueError, match=r"config.json: expected the config of a run that this lora.finetune"):
+            configured(["--folder", str(tmp_path), "--resume"])
     assert configured([]) == PRESETS["laptop"]
 
 
@@ -213,8 +236,55 @@ def test_another_base_or_other_data_are_not_resumed(finished, tmp_path):
     shutil.copytree(config.folder, mine.folder)
     (mine.folder / "lora" / "summary.json").unlink()
     data = write_lines(tmp_path / "data.jsonl", lines(41))
-    with pytest.raises(ValueError, match="belongs to another run: data is .* there"):
+    with pytest.raises(ValueError, match="belongs to another run: data digest is .* there"):
         finetune(replace(mine, data=data), alone())
+
+
+@pytest.mark.parametrize("changed", ["data", "base", "tokenizer"])
+def test_done_methods_are_not_compared_with_those_of_another_base_or_other_data(tmp_path, changed):
+    """The names stay, so the config is the same; and the next method has no checkpoint that could tell."""
+    config = tiny_config(tmp_path, method="lora", steps=2)
+    finetune(config, alone())
+    before = (config.folder / "config.json").read_bytes()
+    if changed == "data":
+        write_lines(config.data, [row | {"answer": row["answer"] + "?"} for row in lines()])
+    elif changed == "base":
+        model, tokenizer = load_run(config.folder_of_base)
+        with torch.no_grad():
+            model.head.weight[3, 4] += 1e-3
+        shutil.rmtree(config.folder_of_base)
+        save_checkpoint(
+            config.folder_of_base, 1, {"model_config": asdict(model.config)}, {"model": model.state_dict()}, 1
+        )
+        tokenizer.save(config.folder_of_base / TOKENIZER)
+    else:
+        other = Tokenizer({bytes([255 - b]): b for b in range(256)}, GPT4, BYTES.special)
+        other.save(config.folder_of_base / TOKENIZER)
+    what = {"data": "data digest", "base": "base digest", "tokenizer": "base tokenizer"}[changed]
+    with pytest.raises(ValueError, match=f"config.json belongs to another run: {what} is [^;]* asked$"):
+        finetune(replace(config, method="full", resume=True), alone())
+    assert (config.folder / "config.json").read_bytes() == before and not (config.folder / "full").exists()
+
+
+def test_a_report_compares_answers_to_the_same_examples_only():
+    judged = [Judged(f"p{i}", "a", "b", 1.0, 2, False, 0.0, None) for i in range(4)]
+    assert report.compared("a", judged, "b", judged)[0].test.p_value == 1
+    for other in (judged[::-1], [replace(judged[0], wanted="c"), *judged[1:]], judged[1:]):
+        with pytest.raises(ValueError, match="a and b were judged on other examples"):
+            report.compared("a", judged, "b", other)
+
+
+def test_the_interval_of_the_loss_draws_tokens_with_nats():
+    """Every answer is 1 nat a token worse, long or short: then so is any draw of them."""
+    one = [Judged(f"p{i}", "a", "b", 2.0 * i, i, False, 0.0, None) for i in range(1, 30)]
+    other = [replace(each, nats=each.nats - each.tokens) for each in one]
+    _, loss, _ = report.compared("a", one, "b", other)
+    assert (loss.difference, loss.low, loss.high) == pytest.approx((1, 1, 1), rel=1e-12)
+
+
+def test_a_report_has_no_control_characters():
+    text = report.shown("a\x1b[31m\x00é\n```\x9b")
+    assert text == "a\\x1b[31m\\x00é ⏎ '''\\x9b" and text.isprintable()
 
 
 def test_a_report_needs_a_method(tmp_path):
@@ -237,3 +307,7 @@ def test_a_hugging_face_model_is_a_base_too(tmp_path):
         load_adapter(model, config.folder / method / "adapter")
         judged = judge(model, load_task(config, source), source.tokenizer, comm_of(), autocast)
         assert judged == read_judged(config.folder / method / FILES[1]), method
+    full = load_source(SourceConfig(hf=config.folder / "full" / "model"))
+    assert full.opening == source.opening == ()
+    judged = judge(full.model, load_task(config, full), full.tokenizer, comm_of(), autocast)
+    assert judged == read_judged(config.folder / "full" / FILES[1])

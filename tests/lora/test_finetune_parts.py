@@ -158,6 +158,13 @@ def test_blocks_that_a_model_cannot_have_are_refused_at_once():
     assert adapter_config(model, "bd-lora", FinetuneConfig(targets="query,down")).blocks == 2
 
 
+def test_weights_that_cannot_be_quantised_are_refused_at_once():
+    model = random_gpt(**TINY)
+    with pytest.raises(ValueError, match=r"blocks.0.attention.query.weight is torch.float64: expected one of"):
+        adapter_config(model, "qlora", FinetuneConfig())
+    assert adapter_config(model, "lora", FinetuneConfig()).rank == 8
+
+
 def test_half_precision_weights_are_trained_in_float32():
     model = random_gpt(**TINY).bfloat16()
     prepare(model, "full", FinetuneConfig())

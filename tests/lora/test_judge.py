@@ -12,7 +12,7 @@ from lora.judge import Judged, judge, loss_of, losses, read_judged, write_answer
 from lora.packing import encode
 from lora.statistics import edit_similarity
 from lora.task import load_task
-from tests.lora.finetune_runs import BYTES, comm_of, tiny_config, tiny_source
+from tests.lora.finetune_runs import BYTES, comm_of, tiny_config, tiny_source, tiny_tuner, write_lines
 from tests.lora.test_finetune_steps import summed_nats
 
 
@@ -55,6 +55,35 @@ def test_answers_are_the_likeliest_tokens_until_the_end(tmp_path):
     found = write_answers(model, task, BYTES, comm_of(), nullcontext)
     wanted = [BYTES.decode(greedy(model, prompt, task)) for prompt in task.prompts]
     assert found == wanted and len(set(found)) > 3
+
+
+@torch.no_grad()
+def test_an_answer_ends_where_the_context_does(tmp_path):
+    """And does not go on from half of it, as a text may."""
+    source, held_out = tiny_source(), [(f"{i}" * 33, "y") for i in range(4)] + [("z", "w" * 20)]
+    rows = [{"prompt": prompt, "answer": answer} for prompt, answer in held_out]
+    config = tiny_config(tmp_path, held_out=write_lines(tmp_path / "held_out.jsonl", rows))
+    task = load_task(config, source)
+    found = [greedy(source.model, prompt, task) for prompt in task.prompts]
+    room = source.model.config.context + 1 - len(task.prompts[0])
+    assert task.longest_answer == 21 and max(map(len, found[:4])) == room < 21
+    assert write_answers(source.model, task, BYTES, comm_of(), nullcontext) == [BYTES.decode(each) for each in found]
+
+
+def test_nothing_is_dropped_when_judged(tmp_path):
+    config = tiny_config(tmp_path, method="lora", dropout=0.5)
+    tuner = tiny_tuner(config)
+    for _ in range(3):
+        tuner.update()
+    looks = [tuner.evaluate()["held_out_loss"]]
+    tuner.model.train()
+    looks.append(tuner.evaluate()["held_out_loss"])
+    tuner.model.train()
+    looks.append(loss_of(judge(tuner.model, tuner.task, BYTES, comm_of(), nullcontext)))
+    encoded = [encode(example, BYTES) for example in tuner.task.held_out_examples]
+    with torch.no_grad():
+        nats = sum(float(summed_nats(tuner.model.eval(), each)) for each in encoded)
+    assert looks == pytest.approx([nats / sum(int(each.scored.sum()) for each in encoded)] * 3, rel=1e-10)
 
 
 def test_verdicts_follow_their_rules(tmp_path, monkeypatch):

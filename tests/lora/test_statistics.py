@@ -83,6 +83,32 @@ def test_bootstrap_agrees_with_scipys():
     assert abs(ours.low - theirs.low) <= 0.06 * spread and abs(ours.high - theirs.high) <= 0.06 * spread
 
 
+def test_bootstrap_of_a_ratio_agrees_with_scipys():
+    """Nats of a long answer as of a short one: with a fixed denominator the interval would be far too narrow."""
+    generator = np.random.default_rng(6)
+    tokens = generator.integers(2, 40, 70)
+    a, b = 60 + generator.normal(0, 2, 70), 30 + generator.normal(0, 2, 70)
+    ours = bootstrap_difference(a, b, counts=tokens, draws=20_000, seed=1)
+    theirs = stats.bootstrap(
+        (a, b, tokens), lambda x, y, n, axis: (x - y).sum(axis=axis) / n.sum(axis=axis), paired=True, vectorized=True,
+        n_resamples=20_000, method="percentile", rng=np.random.default_rng(2),
+    ).confidence_interval  # fmt: skip
+    assert ours.difference == pytest.approx((a.sum() - b.sum()) / tokens.sum(), rel=1e-12)
+    width = theirs.high - theirs.low
+    assert abs(ours.low - theirs.low) <= 0.03 * width and abs(ours.high - theirs.high) <= 0.03 * width
+    fixed = bootstrap_difference(a / tokens.mean(), b / tokens.mean(), draws=20_000, seed=1)
+    assert fixed.high - fixed.low < 0.3 * width
+    ones = bootstrap_difference(a, b, counts=np.ones(70), seed=3)
+    assert ones == bootstrap_difference(a, b, seed=3)
+    for counts, message in (
+        (tokens[:-1], "69 and 70 values"),
+        (tokens * 0, "expected positive"),
+        ([np.nan] * 70, "finite"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bootstrap_difference(a, b, counts=counts, seed=0)
+
+
 def test_bootstrap_is_a_function_of_the_seed_and_of_the_differences():
     generator = np.random.default_rng(0)
     a, b = generator.integers(-9, 10, (2, 37)).astype(float)
