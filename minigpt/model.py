@@ -64,7 +64,9 @@ def causal_attention(
         mask_BTS = visible(positions_S[S - T :], positions_S, window)[None]
     if mask_BTS is not None:
         mask_BTS = mask_BTS[:, None]  # the same for all heads
-    causal = mask_BTS is None and T > 1
+    causal = mask_BTS is None
+    if T == 1:  # `causal and T > 1` would be a symbol where this is compiled for any T, and torch wants a bool
+        causal = False
     if causal and q_BHTK.device.type == "cpu" and q_BHTK.dtype == torch.bfloat16 and T <= SHORT:
         return short_attention(q_BHTK, k_BGSK, v_BGSK)
     return F.scaled_dot_product_attention(

@@ -12,6 +12,7 @@ from common.cli import UserError
 from common.dist import World
 from minigpt.batches import batch
 from minigpt.checkpoint import load_checkpoint, load_run
+from minigpt.config import GPTConfig
 from minigpt.data import load_data
 from minigpt.evaluate import bits_per_byte, score, spread, to_bits_per_byte
 from minigpt.model import GPT, causal_attention
@@ -222,6 +223,16 @@ def test_documents_are_judged_as_they_were_trained(config):
         for model in (masked, each.model)
     ]
     assert value == both[0] and abs(both[0] - both[1]) > 1e-4
+
+
+def test_compiled_once_for_sequences_of_any_length():
+    """What torch compiles for the second length holds for all that follow."""
+    shape = dict(vocab_size=50, context=32, layers=2, width=16, heads=2, kv_heads=2, mlp_width=32)
+    model = GPT(GPTConfig(**shape, window=16, window_pattern="SL"))
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for T in (8, 12, 31, 1):
+        tokens_BT = torch.arange(2 * T).view(2, T) % 50
+        assert (compiled(tokens_BT, tokens_BT) - model(tokens_BT, tokens_BT)).abs() <= 1e-5
 
 
 @pytest.mark.parametrize("changes", [{}, {"document_mask": True, "accumulate": 2, "ema": 0.5, "z_loss": 0.1}], ids=str)
