@@ -18,7 +18,6 @@ import torch
 from lora.adamw8bit import SMALLEST
 from lora.config import LoraConfig
 from lora.integers import GROUP
-from lora.nf4 import BLOCK as NF4_BLOCK
 from lora.paged import BLOCK, PAGE, RESIDENT, block_bytes
 from lora.quantised import Format, predicted_bytes
 from lora.targets import LINEAR, kind_of, places_of
@@ -93,10 +92,9 @@ def written_out(shape: tuple[int, int], format: Format) -> int:
     outputs, inputs = shape
     if format == "int8":
         return 8 * outputs * inputs
-    padded = (
-        outputs * GROUP * ceil(inputs / GROUP) if format == "int4" else NF4_BLOCK * ceil(outputs * inputs / NF4_BLOCK)
-    )
-    return 9 * outputs * inputs + 4 * padded
+    if format == "int4":
+        return 9 * outputs * inputs + 4 * outputs * GROUP * ceil(inputs / GROUP)
+    return 12 * ceil(outputs * inputs / 2) + 8 * 256  # indices and numbers of pairs, and the table of pairs
 
 
 def adapter_shapes(model: GPT, rank: int) -> list[tuple[int, int]]:

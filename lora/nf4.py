@@ -196,11 +196,14 @@ def dequantise_nf4(q: NF4Tensor, dtype: torch.dtype = torch.float32, *, table: T
     `table` is nf4_codes() where there is a copy on the tensor's device already.
     """
     table = nf4_codes().to(q.packed.device) if table is None else table
-    packed, numbers = q.packed.view(-1), prod(q.shape)
-    nibbles = torch.stack([packed >> 4, packed & 15], 1).view(-1)[:numbers]
-    line = table.index_select(0, nibbles.int())  # with [] torch would make 8 bytes of each index
-    scales = _whole_absmax(q).repeat_interleave(q.block)[:numbers]
-    return (line * scales).to(dtype).view(q.shape)
+    # A byte is two codes: one look-up of 8 bytes for both is many times faster than two.
+    pairs = torch.stack([table.repeat_interleave(16), table.repeat(16)], 1).view(torch.int64).view(-1)
+    numbers = prod(q.shape)
+    line = pairs.index_select(0, q.packed.view(-1).int()).view(torch.float32)[:numbers]
+    whole, scales = numbers // q.block, _whole_absmax(q)
+    line[: whole * q.block].view(-1, q.block).mul_(scales[:whole, None])
+    line[whole * q.block :].mul_(scales[whole:])  # of the last block, where it is shorter
+    return line.to(dtype).view(q.shape)
 
 
 def _whole_absmax(q: NF4Tensor) -> Tensor:
