@@ -200,14 +200,14 @@ def verdict(row: dict) -> str:
 
 
 def flat(row: dict) -> dict:
-    """For a file of results: predictions in bytes under their own names, what was measured as measured_..., and what a
-    run holds between steps, `held`, in MiB and GiB too."""
+    """For a file of results: predictions as ..._bytes, what was measured as measured_..._bytes, and what a run holds
+    between steps in MiB and GiB too."""
     predicted, measured = row["predicted"], row.get("measured", {})
     held = sum(predicted[name] for name in HELD)
     return {
         **{"shape": row.get("shape", "measured"), "method": row["method"], "optimizer": row["optimizer"]},
-        **predicted,
-        **{f"measured_{name}": value for name, value in measured.items()},
+        **{f"{name}_bytes": value for name, value in predicted.items()},
+        **{f"measured_{name}_bytes": value for name, value in measured.items()},
         **{"held_mib": held / 2**20, "held_gib": held / 2**30, "kept_mib": predicted.get("kept", 0) / 2**20},
         **({"measured_held_mib": sum(measured[name] for name in HELD) / 2**20} if measured else {}),
     }

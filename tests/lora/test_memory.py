@@ -149,8 +149,9 @@ def test_the_command(capsys, monkeypatch, tmp_path):
     assert float(held["held"]) == pytest.approx(parts, abs=0.002)
     (row,) = json.loads((tmp_path / lines[2]).read_text())["rows"]
     for name in ("weights", "adapters", "gradients", "optimizer", "host", "kept"):
-        assert row[name] == row[f"measured_{name}"]
-    parts = row["weights"] + row["adapters"] + row["gradients"] + row["optimizer"]
+        assert row[f"{name}_bytes"] == row[f"measured_{name}_bytes"]
+    assert (row["method"], row["optimizer"]) == ("nf4-double", "paged")
+    parts = sum(row[f"{name}_bytes"] for name in ("weights", "adapters", "gradients", "optimizer"))
     assert parts / 2**20 == row["held_mib"] == row["measured_held_mib"] == pytest.approx(float(held["held"]), abs=1e-3)
 
 
