@@ -37,6 +37,17 @@ class GPTConfig:
     window: int = 0  # a sliding layer sees its own token and window - 1 before it; 0: all layers see everything
     window_pattern: str = "S"  # S sliding, L long (everything), repeated over the layers
     value_embeddings: bool = False  # every second layer, the last among them, adds an embedding of the token to v
+    # What racing recipes add; see minigpt/extras.py. The model in numpy, pipelines and tensor parallelism refuse them.
+    value_gate: bool = False  # of each head's value embedding, by the token
+    attention_gate: bool = False  # of each head's result, by the token
+    x0_skip: bool = False  # each block sees the embedding again
+    unet_skips: bool = False  # each block of the second half sees what left its partner in the first
+    backout: bool = False  # the head sees less of what left the block in the middle
+    smear: bool = False  # each token carries some of the one before
+    bigrams: int = 0  # rows of a table of embeddings for pairs of tokens; 0 for none
+    rope_windows: str = (
+        ""  # "128,384": rotary speeds were stretched when training went from the first window to the next
+    )
 
     def __post_init__(self) -> None:
         for name, hint in get_type_hints(type(self)).items():
@@ -62,6 +73,12 @@ class GPTConfig:
             raise ValueError(f"softcap {self.softcap}: expected a positive number, or 0 for none")
         if self.window < 0:
             raise ValueError(f"window {self.window}: expected a positive number of tokens, or 0 for none")
+        if self.bigrams == 1 or self.bigrams < 0:
+            raise ValueError(f"bigrams {self.bigrams}: expected 2 rows or more, or 0 for none")
+        if self.value_gate and not self.value_embeddings:
+            raise ValueError("value_gate without value_embeddings: expected both, there is nothing to gate")
+        if not all(part.isdecimal() and int(part) > 0 for part in self.rope_windows.split(",") if self.rope_windows):
+            raise ValueError(f"rope_windows {self.rope_windows!r}: expected numbers of tokens, like '128,384'")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise ValueError(f"window_pattern {self.window_pattern!r}: expected letters S and L, like 'SSSL'")
 
@@ -74,5 +91,26 @@ class GPTConfig:
         """How many tokens this layer sees, its own among them; 0 for all."""
         return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
 
+    @property
+    def extras(self) -> list[str]:
+        """The fields of racing recipes that are on."""
+        return [name for name in EXTRAS if getattr(self, name)]
+
+    @property
+    def reads_the_token_before(self) -> bool:
+        """Whether a token cannot be computed from a cache of keys and values and itself."""
+        return self.smear or bool(self.bigrams)
+
     def has_value_embedding(self, layer: int) -> bool:
         return self.value_embeddings and (self.layers - 1 - layer) % 2 == 0
+
+
+EXTRAS = (
+    "value_gate", "attention_gate", "x0_skip", "unet_skips", "backout", "smear", "bigrams", "rope_windows",
+)  # fmt: skip
+
+
+def refuse_extras(config: GPTConfig, what: str) -> None:
+    """Raises ValueError for a GPT that `what` has no code for."""
+    if config.extras:
+        raise ValueError(f"{', '.join(config.extras)}: {what} has none of the racing recipes' parts, expected them off")

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from minigpt.config import GPTConfig
+from minigpt.config import EXTRAS, GPTConfig
 
 GPT2, LLAMA, QWEN2, QWEN3 = "GPT2LMHeadModel", "LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"
 MODEL_TYPES = {"gpt2": GPT2, "llama": LLAMA, "qwen2": QWEN2, "qwen3": QWEN3}
@@ -214,7 +214,9 @@ def family_of(config: GPTConfig) -> str:
 def _supported(config: GPTConfig) -> dict[str, dict[str, tuple]]:
     """For each family the values that it has, of the fields where it has not all and that did not choose it."""
     slides = any(config.window_of(layer) for layer in range(config.layers))
-    common = {"softcap": (0,), "value_embeddings": (False,)}
+    common = {"softcap": (0,), "value_embeddings": (False,)} | {
+        name: (type(getattr(config, name))(),) for name in EXTRAS
+    }
     everything_seen = {"window": (0,) if slides else (config.window,)}
     whole_heads = {"width": (config.width // config.heads * config.heads,)}  # asked for even with a head_dim
     llama = common | {"positions": ("rotary",), "norm": ("rmsnorm",), "mlp": ("swiglu",)}

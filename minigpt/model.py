@@ -11,6 +11,8 @@ V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from minigpt.config import GPTConfig
+from minigpt.extras import GATE_WIDTH, Bigrams, Skips, Smear, gate
 from minigpt.kv_cache import KVCache
 from minigpt.masks import Documents, same_document, visible
 
@@ -34,7 +37,12 @@ def rotary_speeds(config: GPTConfig) -> Tensor:
     speeds = config.rope_base ** (-torch.arange(0, config.key_width, 2, dtype=torch.float64) / config.key_width)
     turns = speeds * config.rope_original / (2 * math.pi)
     kept = ((turns - config.rope_low) / (config.rope_high - config.rope_low)).clamp(0, 1)
-    return speeds * (kept + (1 - kept) / config.rope_factor)
+    speeds = speeds * (kept + (1 - kept) / config.rope_factor)
+    windows = [int(window) for window in config.rope_windows.split(",") if window]
+    for old, new in pairwise(windows):  # YaRN, Peng et al. 2023: what turns less than once in the old window slows down
+        kept = ((speeds * old / (2 * math.pi) - 1) / 31).clamp(0, 1)
+        speeds = speeds * (kept + (1 - kept) * old / new)
+    return speeds
 
 
 def rotary_tables(config: GPTConfig) -> tuple[Tensor, Tensor]:
@@ -134,6 +142,10 @@ class Attention(nn.Module):
             self.key_norm = parts.norm_cls(config.key_width, eps=config.norm_eps)
         if config.has_value_embedding(layer):
             self.value_embedding = parts.embedding_cls(config.vocab_size, kv_width)
+            if config.value_gate:
+                self.value_gate = nn.Linear(min(GATE_WIDTH, config.width), config.kv_heads, bias=False)
+        if config.attention_gate:
+            self.attention_gate = nn.Linear(min(GATE_WIDTH, config.width), config.heads, bias=False)
 
     def forward(self, x_BTC: Tensor, sight: "Sight") -> Tensor:
         B, T, _ = x_BTC.shape
@@ -141,9 +153,13 @@ class Attention(nn.Module):
         q_BHTK, k_BGTK, v_BGTK = self.project(x_BTC)
         q_BHTK = q_BHTK.reshape(B, T, self.config.heads, K).transpose(1, 2)
         k_BGTK = k_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
+        v_BTGK = v_BGTK.reshape(B, T, self.config.kv_heads, K)
         if self.config.has_value_embedding(self.layer):
-            v_BGTK = v_BGTK + self.value_embedding(sight.tokens_BT).to(v_BGTK.dtype)
-        v_BGTK = v_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
+            e_BTGK = self.value_embedding(sight.tokens_BT).to(v_BTGK.dtype).view(v_BTGK.shape)
+            if self.config.value_gate:
+                e_BTGK = gate(x_BTC, self.value_gate)[..., None] * e_BTGK
+            v_BTGK = v_BTGK + e_BTGK
+        v_BGTK = v_BTGK.transpose(1, 2)
         if self.config.qk_norm:
             q_BHTK, k_BGTK = self.query_norm(q_BHTK), self.key_norm(k_BGTK)
         if self.config.positions == "rotary":
@@ -151,8 +167,11 @@ class Attention(nn.Module):
             q_BHTK, k_BGTK = self.rotary_fn(q_BHTK, *cos_sin), self.rotary_fn(k_BGTK, *cos_sin)
         if sight.cache is not None:
             k_BGTK, v_BGTK = sight.cache.append(self.layer, sight.positions_BT, k_BGTK, v_BGTK)
-        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[self.config.window_of(self.layer)])
-        return self.output(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[sight.config.window_of(self.layer)])
+        y_BTHK = y_BHTK.transpose(1, 2)
+        if self.config.attention_gate:
+            y_BTHK = gate(x_BTC, self.attention_gate)[..., None] * y_BTHK
+        return self.output(y_BTHK.reshape(B, T, -1))
 
     def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, heads side by side; a method of its own for those who compute them together."""
@@ -175,9 +194,15 @@ class Sight:
         documents: Documents | None = None,
     ):
         self.tokens_BT, self.positions_BT, self.cache, self.separator = tokens_BT, positions_BT, cache, separator
-        self.documents = documents
+        self.config, self.documents = config, documents
         self.cos_sin: tuple[Tensor, Tensor] | None = None
         self.rules = {window: self._rule(window) for window in {config.window_of(i) for i in range(config.layers)}}
+
+    def first_BT(self) -> Tensor:
+        """True where a token has none before it: at the beginning of a row, and of a document."""
+        if self.separator is not None:
+            return (self.tokens_BT == self.separator) | (self.positions_BT == 0)
+        return (self.positions_BT == 0).expand(self.tokens_BT.shape)
 
     def _rule(self, window: int) -> dict:
         mask_BTS = self._mask(window)
@@ -226,6 +251,13 @@ class Block(nn.Module):
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
+# What a GPT begins with at zero, by the ends of names.
+ZERO = (
+    "output.weight", "down.weight", "head.weight", "value_embedding.weight", "bigram_embedding.weight", "_gate.weight",
+    "smear.weight", ".bias",
+)  # fmt: skip
+
+
 def initial_values(shapes: Mapping[str, tuple[int, ...]], tied: bool, seed: int) -> Iterator[tuple[str, Tensor]]:
     """(name, value) of each parameter of a GPT, in the order given, which has to be the model's own.
 
@@ -236,7 +268,7 @@ def initial_values(shapes: Mapping[str, tuple[int, ...]], tied: bool, seed: int)
     """
     generator = np.random.default_rng(seed)
     for name, shape in shapes.items():
-        if name.endswith(("output.weight", "down.weight", "head.weight", "value_embedding.weight", ".bias")):
+        if name.endswith(ZERO) or name.startswith("skips."):
             yield name, torch.zeros(shape)
         elif len(shape) == 2:
             std = 1.0 if "embedding" in name and not tied else shape[1] ** -0.5
@@ -289,7 +321,10 @@ class GPT(nn.Module):
         self.embedding = embedding_cls(config.vocab_size, config.width)
         if config.positions == "learned":
             self.position_embedding = embedding_cls(config.context, config.width)
+        self.bigrams = Bigrams(config, embedding_cls) if config.bigrams else None
+        self.smear = Smear(config) if config.smear else None
         self.blocks = nn.ModuleList([Block(config, layer, parts) for layer in range(config.layers)])
+        self.skips = Skips(config) if config.x0_skip or config.unet_skips or config.backout else None
         self.norm = norm_cls(config.width, eps=config.norm_eps)
         if not config.tied:
             self.head = linear_cls(config.width, config.vocab_size, bias=False)
@@ -316,14 +351,16 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         separator: int | None = None,
         documents: Documents | None = None,
+        window: int | None = None,
         z_loss: float = 0.0,
     ) -> Tensor:
         """logits_BTV; with targets `mean_cross_entropy` instead.
 
         With a cache the tokens follow those that it holds, which they can see, and are added to it. With a separator
         nothing sees a document other than its own; with `documents` each besides stands where it would stand alone.
+        `window` stands in for the config's in this pass.
         """
-        x_BTC = self.hidden(tokens_BT, cache=cache, separator=separator, documents=documents)
+        x_BTC = self.hidden(tokens_BT, cache=cache, separator=separator, documents=documents, window=window)
         if targets_BT is not None and self.loss_fn is not None:
             weight_VC = self.embedding.weight if self.config.tied else self.head.weight
             return self.loss_fn(x_BTC, weight_VC, targets_BT, softcap=self.config.softcap, z_loss=z_loss)
@@ -337,6 +374,7 @@ class GPT(nn.Module):
         cache: KVCache | None = None,
         separator: int | None = None,
         documents: Documents | None = None,
+        window: int | None = None,
     ) -> Tensor:
         """x_BTC after the last norm: what the head turns into logits."""
         given = {"a cache": cache, "a separator": separator, "documents": documents}
@@ -346,6 +384,10 @@ class GPT(nn.Module):
         if documents is not None and any(x.shape != tokens_BT.shape for x in documents):
             shapes = [tuple(x.shape) for x in documents]
             raise ValueError(f"positions and documents of shapes {shapes}: expected {tuple(tokens_BT.shape)} of both")
+        if cache is not None and self.config.reads_the_token_before:
+            raise ValueError(
+                "a cache for a GPT with smear or bigrams: expected none, it does not keep the token before"
+            )
         T, held = tokens_BT.shape[1], cache.longest if cache is not None else 0
         if not 1 <= T <= self.config.context - held:
             there = f" after {held} in the cache" if held else ""
@@ -354,20 +396,33 @@ class GPT(nn.Module):
             positions_BT = documents.positions_BT
         else:
             positions_BT = torch.arange(T, device=tokens_BT.device)[None] if cache is None else cache.positions(T)
-        sight = Sight(self.config, tokens_BT, positions_BT, cache, separator, documents)
-        x_BTC = self.embedding(tokens_BT)
-        if self.config.positions == "learned":
-            x_BTC = x_BTC + self.position_embedding(positions_BT)
-        else:  # one table for all heads, (B, 1, T, K)
+        config = self.config if window is None else replace(self.config, window=window)
+        sight = Sight(config, tokens_BT, positions_BT, cache, separator, documents)
+        x_BTC = self.embed(sight)
+        if self.config.positions == "rotary":  # one table for all heads, (B, 1, T, K)
             sight.cos_sin = tuple(t[positions_BT][:, None].to(x_BTC.dtype) for t in (self.cos_TK, self.sin_TK))
-        for block in self.blocks:
+        past = [x_BTC]
+        for layer, block in enumerate(self.blocks):
+            x_BTC = self.skips(x_BTC, layer, past) if self.skips is not None else x_BTC
             if self.activation_checkpointing and torch.is_grad_enabled():
                 x_BTC = checkpoint(block, x_BTC, sight, use_reentrant=False)
             else:
                 x_BTC = block(x_BTC, sight)
+            past.append(x_BTC)
         if cache is not None:
             cache.advance(T)
-        return self.norm(x_BTC)
+        return self.norm(self.skips.end(x_BTC, past) if self.skips is not None else x_BTC)
+
+    def embed(self, sight: Sight) -> Tensor:
+        """x_BTC that enters the first block."""
+        x_BTC = self.embedding(sight.tokens_BT)
+        if self.config.positions == "learned":
+            x_BTC = x_BTC + self.position_embedding(sight.positions_BT)
+        if self.config.reads_the_token_before:
+            first_BT = sight.first_BT()
+            x_BTC = self.bigrams(sight.tokens_BT, first_BT) + x_BTC if self.config.bigrams else x_BTC
+            x_BTC = self.smear(x_BTC, first_BT) if self.config.smear else x_BTC
+        return x_BTC
 
     def logits(self, x_BTC: Tensor) -> Tensor:
         """logits_BTV of hidden states, float32 at least: exp and tanh of half-precision logits lose the loss."""

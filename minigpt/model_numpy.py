@@ -17,7 +17,7 @@ import autograd as ag
 from autograd import Tensor, nn
 from autograd import functional as F
 from autograd.checkpointing import checkpoint
-from minigpt.config import GPTConfig
+from minigpt.config import GPTConfig, refuse_extras
 from minigpt.masks import same_document, visible
 
 
@@ -195,6 +195,7 @@ class GPT(nn.Module):
         dtype: type = np.float32,
     ):
         super().__init__()
+        refuse_extras(config, "the GPT in numpy")
         norm_cls = norm_cls or NORMS[config.norm]
         self.config, self.activation_checkpointing = config, activation_checkpointing
         self.embedding = nn.Embedding(config.vocab_size, config.width)

@@ -95,12 +95,13 @@ class Muon(torch.optim.Optimizer):
 
 def group_names(model: nn.Module) -> dict[str, list[str]]:
     """Names of the trained parameters: "matrices" of the blocks, "embedding" tables, the "head", and "rest", which are
-    gains and biases: those do not decay, since pulling a gain towards zero would shrink its whole channel."""
+    gains, biases, gates and weights of skips: those do not decay, since pulling a gain towards zero would shrink its
+    whole channel."""
     groups: dict[str, list[str]] = {"matrices": [], "embedding": [], "head": [], "rest": []}
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim < 2:
+        if p.ndim < 2 or name.startswith("skips.") or "_gate." in name:
             kind = "rest"
         elif "embedding" in name:
             kind = "embedding"

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from minigpt.config import GPTConfig
+from minigpt.config import GPTConfig, refuse_extras
 from minigpt.model import GPT, Sight, initial_values, mean_cross_entropy, rotary_tables
 from parallel.pieces import Piece, piece_of
 
@@ -38,6 +38,7 @@ class StageGPT(nn.Module):
 
     def __init__(self, config: GPTConfig, layers: Sequence[int] | None = None, **layers_of_gpt: Callable):
         super().__init__()
+        refuse_extras(config, "a GPT cut over ranks")
         layers = list(range(config.layers)) if layers is None else list(layers)
         if (
             not layers
