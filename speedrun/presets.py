@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from minigpt import bpe_native
-from minigpt.train_config import TrainConfig
+from speedrun.config import RaceConfig
 
-CPU = TrainConfig(
+CPU = RaceConfig(
     folder=Path("runs/speedrun"), tokenizer="bpe:4096", layers=4, width=192, heads=2, kv_heads=2, mlp="swiglu",
     mlp_width=512, value_embeddings=True, rope_base=100.0, softcap=15.0, context=128, eval_stride=64, batch=16,
     steps=900, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1, head_lr=0.01, gain_lr=0.01, beta2=0.99,
@@ -28,10 +28,11 @@ PRESETS = {
     "cpu": CPU,
     "cpu-eager": replace(CPU, compile=False, steps=600),
     "gpu": GPU,
-    "gpus": replace(GPU, batch=64, steps=1000),
+    "gpus": replace(GPU, batch=64, steps=1000, clip=0.0),
     "smoke": replace(
         CPU, folder=Path("runs/smoke"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64, context=64, batch=4,
         eval_stride=64, steps=40, warmup=5, eval_every=10, eval_windows=16, checkpoint_every=10, compile=False,
+        clip=0.0,
     ),
 }  # fmt: skip
 

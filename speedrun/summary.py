@@ -18,8 +18,7 @@ from minigpt.checkpoint import FOLDER
 from minigpt.compare import plot_run
 from minigpt.sample import sample_text
 from minigpt.sampling import Sampling
-from minigpt.train import Result
-from minigpt.train_config import TrainConfig
+from speedrun.config import RaceConfig
 
 PROMPT = "def "
 
@@ -39,31 +38,32 @@ def machine_peak(dtype: torch.dtype, world: World) -> float:
     return world.world_size * gemm_peak(str(dtype).removeprefix("torch."), world.device)
 
 
-def summarise(result: Result, world: World, wall_seconds: float) -> dict[str, Any]:
+def summarise(run: Any, wall_seconds: float) -> dict[str, Any]:
     """The numbers of a finished run, written to summary.json in its folder; loss.png is drawn again beside xz."""
-    config, data = result.config, result.data
+    config, data, world = run.config, run.data, run.world
+    tokens_per_second = config.steps * config.batch * config.context / run.seconds
     # Shards may come without their text: then there is nothing to compress.
     others = compressors(data.held_out_text) if data.held_out_text is not None else {}
     plot_run(config.folder, reference={name: others[name] for name in ("xz -9e",) if name in others})
-    flops = result.model.num_flops_per_token(config.context) * result.tokens_per_second
-    peak = machine_peak(result.dtype, world)
+    flops = run.model.num_flops_per_token(config.context) * tokens_per_second
+    peak = machine_peak(run.dtype, world)
     summary = {
-        "bits_per_byte": result.bits_per_byte,
+        "bits_per_byte": run.bits_per_byte,
         "held_out_bytes": data.held_out_bytes,
         "compressors": others,
         "corpus": data.name,
         "data_digest": data.digest,
         "vocabulary": data.tokenizer.vocab_size,
-        "parameters": result.model.num_parameters(),
-        "dtype": str(result.dtype).removeprefix("torch."),
+        "parameters": run.model.num_parameters(),
+        "dtype": str(run.dtype).removeprefix("torch."),
         "device": world.device.type,
         "ranks": world.world_size,
         "threads": torch.get_num_threads(),
         "steps": config.steps,
         "tokens": config.steps * config.batch * config.context,
-        "train_seconds": result.train_seconds,
+        "train_seconds": run.seconds,
         "wall_seconds": wall_seconds,
-        "tokens_per_s": result.tokens_per_second,
+        "tokens_per_s": tokens_per_second,
         "flops": flops,
         "gemm_peak_flops": peak,
         "of_peak": flops / peak,
@@ -72,7 +72,7 @@ def summarise(result: Result, world: World, wall_seconds: float) -> dict[str, An
     return summary
 
 
-def as_lines(summary: dict[str, Any], config: TrainConfig) -> str:
+def as_lines(summary: dict[str, Any], config: RaceConfig) -> str:
     s = summary
     beside = ", ".join(f"{name} {value:.3f}" for name, value in s["compressors"].items())
     beside = f" ({beside} on the same)" if beside else ""
@@ -90,6 +90,6 @@ def as_lines(summary: dict[str, Any], config: TrainConfig) -> str:
     )
 
 
-def sample(result: Result) -> str:
-    text = sample_text(result.model, result.data.tokenizer, PROMPT, length=120, sampling=Sampling(temperature=0.8))
+def sample(run: Any) -> str:
+    text = sample_text(run.model, run.data.tokenizer, PROMPT, length=120, sampling=Sampling(temperature=0.8))
     return "sample         temperature 0.8, seed 0:\n" + PROMPT + text

@@ -1,48 +1,306 @@
-"""The main job: one command trains a language model and says what it reached. `python -m speedrun.train`.
+"""The race: one program from text to a trained GPT, to be read from top to bottom. `make speedrun`,
+`python -m speedrun.train`, and on N ranks `torchrun --standalone --nproc-per-node N -m speedrun.train`.
 
-Chooses the preset for the hardware it finds; under `torchrun --standalone --nproc-per-node N -m speedrun.train` the
-ranks share each batch and average their gradients, so that N ranks compute what one would. The loop is stage 2's.
-Refused: what `minigpt.train` refuses.
+What a step does is decided by the config and the step's number (speedrun/schedule.py), so a killed run resumes to the
+same numbers. The clock runs in the steps alone: neither compiling, nor looking at held-out text, nor saving is on it.
+N ranks share each batch and compute what one would. Refused: a folder that is taken, batches that ranks cannot share,
+gradient clipping on several ranks, going on after a NaN.
+
+Shapes: B rows of this rank, T tokens in each, V vocabulary.
 """
 
+import math
 import os
 import time
+from collections.abc import Callable
+from functools import partial
+from itertools import accumulate
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from common import cli
-from common.dist import finish, init_from_env
-from minigpt.train import configured, train
+from common.cli import UserError
+from common.dist import World, finish, init_from_env
+from common.log import RunLog
+from minigpt.batches import Prefetcher, batch, check_length, held_out_windows, rank_rows
+from minigpt.checkpoint import TOKENIZER, load_checkpoint
+from minigpt.data import load_data
+from minigpt.download import endpoint_from_env
+from minigpt.evaluate import score, spread, to_bits_per_byte
+from minigpt.optim import group_names
+from minigpt.train import configured, interruptible, measured_peak, memory, refuse_existing, reproducible
+from minigpt.trainer import choose_dtype
+from parallel.comm import make_comm
+from parallel.mesh import Layout, Mesh
+from speedrun.config import RaceConfig
+from speedrun.model import build, race_loss, stretch, untie
+from speedrun.optim import Muon, Rows
 from speedrun.presets import PRESETS, choose_preset, has_compiler
+from speedrun.schedule import Plan, plan
+from speedrun.state import Run, load, optimizers, save
 from speedrun.summary import as_lines, sample, summarise
 
+READ_EVERY = 25  # steps on a GPU: to read a loss is to wait for it
 
-def average(tensors: list[Tensor]) -> None:
-    """The mean over all ranks, in place, of tensors of one dtype: one all-reduce of them all behind one another."""
-    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-        tensor.copy_(part.view_as(tensor))
+
+# ---- before the first step -------------------------------------------------------------------------------------------
+
+
+def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
+    """A run at its first step, or at the one that its newest checkpoint holds; and what there is to say about it."""
+    check(config, world)
+    if not config.resume:
+        refuse_existing(config.folder)
+    data = load_data(config.corpus, config.tokenizer, endpoint=endpoint_from_env())
+    check_length(data.train, config.context)
+    comm = make_comm(Mesh(Layout(dp=world.world_size), world.rank, world.world_size).group("dp"))
+    model = build(config, data.tokenizer.vocab_size).to(world.device)
+    lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
+    run = Run(config, world, comm, data, model, choose_dtype(config.dtype, world.device), lengths_V)
+    notes = [
+        data.describe(),
+        f"model: {model.num_parameters():,} parameters, {str(run.dtype)[6:]} on {world.device.type}",
+    ]
+    checkpoint = None
+    if config.resume:
+        checkpoint, warnings = load_checkpoint(config.folder)
+        notes += warnings
+        run.step = checkpoint.state["step"]
+        change(run, plan(max(0, run.step - 1), config))  # the model as it was when it was saved
+    make_optimizers(run)
+    if checkpoint is not None:
+        notes += load(run, checkpoint)
+    options = {"mode": "reduce-overhead"} if config.cuda_graphs else {}
+    run.forward = torch.compile(run.model, **options) if config.compile else run.model
+    comm.barrier()  # every rank has looked at the folder before rank 0 writes into it
+    if not config.resume:
+        if world.rank == 0:
+            data.tokenizer.save(config.folder / TOKENIZER)
+        save(run)
+    return run, notes
+
+
+def check(config: RaceConfig, world: World) -> None:
+    """Raises ValueError for what ranks or this program cannot do."""
+    for step in range(config.steps):
+        rows, parts = plan(step, config).rows, world.world_size * config.accumulate
+        if rows % parts:
+            raise ValueError(f"{rows} rows at step {step} over {world.world_size} ranks x accumulate "
+                             f"{config.accumulate}: expected a multiple of {parts}")  # fmt: skip
+    if config.clip and world.world_size > 1:
+        raise ValueError(f"clip {config.clip} on {world.world_size} ranks: expected 0, no rank sees the whole gradient")
+    if config.ema:
+        raise ValueError(f"ema {config.ema}: expected 0, the race has no average of the weights")
+
+
+def make_optimizers(run: Run) -> None:
+    """Muon for the matrices of the blocks, AdamW for the rest; each group keeps its peak as `peak_lr`."""
+    config, names, parameters = run.config, group_names(run.model), dict(run.model.named_parameters())
+    matrices = [parameters[name] for name in names["matrices"]]
+    if config.bf16_weights:
+        for p in matrices:
+            p.data = p.data.to(torch.bfloat16)
+    if config.optimizer == "muon":
+        options = {"beta2": config.normuon, "weight_decay": config.muon_decay, "cautious": config.cautious}
+        run.muon = Muon(matrices, config.muon_lr, config.momentum, dtype=run.dtype, comm=run.comm, **options)
+        run.muon.param_groups[0]["peak_lr"] = config.muon_lr
+    peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "rest": config.gain_lr}
+    decays = {"rest": 0.0, "embedding": config.embedding_decay}
+    groups = []
+    for kind, members in names.items():
+        if members and (kind != "matrices" or run.muon is None):
+            peak = peaks.get(kind) or config.learning_rate
+            group = {"params": [parameters[name] for name in members], "lr": peak, "peak_lr": peak}
+            groups.append(group | {"weight_decay": decays.get(kind, config.weight_decay)})
+    if config.kernels == "torch":
+        adamw = partial(torch.optim.AdamW, fused=True)
+    else:
+        from cuda import optim
+
+        adamw = partial(optim.AdamW, kernels=config.kernels)
+    make = partial(adamw, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
+    run.rest = Rows(groups, make, run.comm)
+
+
+# ---- a step ----------------------------------------------------------------------------------------------------------
+
+
+def batches(run: Run) -> Callable[[int], tuple]:
+    """step -> numpy (inputs_BT, targets_BT) of this rank. Rows of one length are taken one after the other."""
+    config, world, counts = run.config, run.world, {}
+    firsts = []
+    for step in range(config.steps):
+        now = plan(step, config)
+        firsts.append(counts.get(now.context, 0))
+        counts[now.context] = firsts[-1] + now.rows
+
+    def make(step: int) -> tuple:
+        now = plan(step, config)
+        first, rows = rank_rows(firsts[step], now.rows, world.rank, world.world_size)
+        return batch(run.data.train, seed=config.seed, row=first, rows=rows, context=now.context)
+
+    return make
+
+
+def change(run: Run, now: Plan) -> None:
+    """What this step asks of the model and its optimizers that the one before did not."""
+    if now.stretched:
+        seen = now.stretched.split(",")
+        for windows in accumulate(seen, lambda before, window: f"{before},{window}"):
+            if len(windows) > len(run.model.config.rope_windows):
+                stretch(run.model, windows)
+    if now.untied and run.model.config.tied:
+        weight = untie(run.model)
+        if run.rest is not None:
+            run.rest.add_copy(run.model.embedding.weight, weight, run.config.head_lr or run.config.learning_rate)
+
+
+def gradients(run: Run, now: Plan, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    """Leaves the gradient of the mean loss of this rank's rows; returns mean nats and bytes of their next tokens."""
+    config, device = run.config, run.world.device
+    options = {"window": now.window} if config.windows else {}
+    if config.document_mask:
+        options["separator"] = run.data.tokenizer.separator
+    nats = torch.zeros((), device=device)
+    for part_BT, wanted_BT in zip(inputs_BT.chunk(config.accumulate), targets_BT.chunk(config.accumulate), strict=True):
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
+            if config.fused_loss:
+                loss = run.forward(part_BT, wanted_BT, z_loss=config.z_loss, **options)
+                next_token = loss.detach()
+            else:
+                loss, next_token = race_loss(run.forward(part_BT, **options), wanted_BT, now.mtp, config.z_loss)
+        (loss / config.accumulate).backward()
+        nats += next_token / config.accumulate
+    return torch.stack([nats, run.byte_lengths_V[targets_BT].to(nats.dtype).mean()])
+
+
+def update(run: Run, now: Plan) -> None:
+    """One step of all optimizers. With overlap all collectives are on their way before the first update."""
+    if run.config.clip:
+        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
+    for optimizer in optimizers(run) if run.config.overlap else ():
+        optimizer.start()
+    for optimizer in optimizers(run):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * now.lr_share
+            if optimizer is run.muon:
+                group["momentum"] = now.momentum
+        optimizer.step()
+    run.model.zero_grad(set_to_none=True)
+
+
+def loop(run: Run, notes: list[str]) -> None:
+    """The steps that are left."""
+    config, world = run.config, run.world
+    log = RunLog(config.folder, config, total_steps=config.steps, start_step=run.step, enabled=world.rank == 0)
+    peak = 1e12 * config.peak_tflops or measured_peak(str(run.dtype).removeprefix("torch."), world.device)
+    read_every = 1 if world.device.type == "cpu" else READ_EVERY
+    steady = reproducible(config.compile and world.device.type == "cpu")
+    ahead = Prefetcher(batches(run), world.device, depth=2 if config.prefetch else 0)
+    with log, interruptible() as interrupted, ahead, steady:
+        for note in notes:
+            log.message(note)
+        unread, began = [], time.perf_counter()
+        while run.step < config.steps:
+            now = plan(run.step, config)
+            change(run, now)
+            unread.append((now, gradients(run, now, *ahead.next(run.step))))
+            update(run, now)
+            run.step += 1
+            last, look = run.step == config.steps, run.step % config.eval_every == 0
+            due = last or run.step % config.checkpoint_every == 0
+            if not (last or look or due or len(unread) == read_every):
+                continue
+            found, stop = read(run, log, unread, time.perf_counter() - began, peak, interrupted())
+            found |= evaluate(run) if last or look else {}
+            log.metrics(run.step, **found)
+            if due or stop:
+                save(run)
+            if stop and not last:
+                again = f"python -m {cli.program()} --folder {config.folder} --resume"
+                log.message(f"stopped: {config.folder} holds step {run.step}; continue with: {again}")
+                raise KeyboardInterrupt
+            unread, began = [], time.perf_counter()
+
+
+def read(
+    run: Run, log: RunLog, unread: list[tuple[Plan, Tensor]], seconds: float, peak: float, stop: bool
+) -> tuple[dict[str, float], bool]:
+    """Reads the losses of the last steps, which waits for a GPU, and files them, but for the metrics of the last one;
+    whether any rank wants to stop."""
+    values = torch.stack([*(pair for _, pair in unread), torch.full_like(unread[0][1], float(stop))]).double()
+    run.comm.all_reduce(values, "mean", tag="losses")
+    *pairs, (stops, _) = values.tolist()
+    if run.world.device.type == "cuda":
+        torch.cuda.synchronize(run.world.device)
+    run.seconds += seconds
+    each = seconds / len(unread)
+    for number, ((now, _), (loss, size)) in enumerate(zip(unread, pairs, strict=True), run.step - len(unread) + 1):
+        if not math.isfinite(loss):
+            raise UserError(f"loss {loss:g} at step {number}: stopped; a lower learning rate may help")
+        speed = now.rows * now.context / each
+        mfu = run.model.num_flops_per_token(now.context) * speed / (peak * run.world.world_size)
+        bits = loss / math.log(2) / size if size else math.nan
+        metrics = {"loss": loss, "train_bits_per_byte": bits, "lr_share": now.lr_share}
+        if number < run.step:
+            log.metrics(number, **metrics)
+        log.timing(number, step_ms=1e3 * each, tokens_per_s=speed, mfu=mfu, memory_bytes=memory(run.world.device))
+        log.progress(number, loss=loss, tokens_per_s=round(speed), mfu=f"{mfu:.0%}")
+    return metrics, stops > 0
+
+
+# ---- looking ----------------------------------------------------------------------------------------------
+
+
+def evaluate(run: Run) -> dict[str, float]:
+    """After the last step bits per byte of all held-out text, before it a look at some windows. Ranks share."""
+    config, final = run.config, run.step == run.config.steps
+    windows = held_out_windows(run.data.held_out.size, config.context, config.eval_stride)
+    windows = windows if final else spread(windows, config.eval_windows)
+    mine, device = windows[run.world.rank :: run.world.world_size], run.world.device
+    separator = run.data.tokenizer.separator if config.document_mask else None
+    options = {"window": plan(run.step - 1, config).window} if config.windows else {}
+    model = partial(run.model, separator=separator, **options)  # not compiled: the last windows are fewer
+    totals = score(model, run.data.held_out, run.data.byte_lengths, mine, rows=16, device=device, dtype=run.dtype)
+    run.comm.all_reduce(totals, tag="held-out text")
+    value = to_bits_per_byte(totals)
+    if not final:
+        return {"held_out_look": value}
+    run.bits_per_byte = value
+    return {"held_out_bits_per_byte": value}
+
+
+# ---- the program -----------------------------------------------------------------------------------------------------
+
+
+def race(config: RaceConfig, world: World) -> Run:
+    """Runs the steps that are left, as rank `world.rank` of all that call it alike; the finished run.
+
+    Raises ValueError or UserError for what the user can mend, before anything is written; KeyboardInterrupt after
+    Ctrl-C, once the checkpoint is saved.
+    """
+    run, notes = prepare(config, world)
+    if run.step < config.steps:
+        loop(run, notes)
+    return run
 
 
 def main() -> None:
     began = time.perf_counter()
-    ranks = os.environ.get("WORLD_SIZE", "1")  # only to choose the preset; init_from_env checks it
+    several = os.environ.get("WORLD_SIZE", "1") != "1"  # only to choose the preset; init_from_env checks it
     asked = configured(None, presets=PRESETS, default_preset="cpu")  # for --device, which the choice needs
     cuda = asked.device != "cpu" and torch.cuda.is_available()
-    default = choose_preset(cuda, several=ranks != "1", compiler=has_compiler())
+    default = choose_preset(cuda, several=several, compiler=has_compiler())
     config = configured(None, presets=PRESETS, default_preset=default)
     world = init_from_env(None if config.device == "auto" else config.device)
     try:
-        result = train(config, world=world, grad_sync=average if world.world_size > 1 else None)
+        run = race(config, world)
     finally:
         finish()
     if world.rank == 0:
-        print(as_lines(summarise(result, world, time.perf_counter() - began), config))
-        print(sample(result))
+        print(as_lines(summarise(run, time.perf_counter() - began), config))
+        print(sample(run))
 
 
 if __name__ == "__main__":

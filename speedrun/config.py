@@ -1,0 +1,98 @@
+"""What a race is: stage 2's fields, and every trick of the race as a switch with a name.
+
+A switch is a field; off, the run is stage 2's. What changes during a run is a list for equal parts of it ("64,128": the
+first half, the second half), read by speedrun/schedule.py. Refused, before any work: numbers out of range, switches
+that contradict each other.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from minigpt.train_config import TrainConfig, option
+
+
+@dataclass(frozen=True, slots=True)
+class RaceConfig(TrainConfig):
+    # the model
+    zero_init: bool = option(True, "projections back into the stream and the head begin at zero")
+    value_gate: bool = option(False, "value embeddings are scaled by the token, head by head")
+    attention_gate: bool = option(False, "what a head returns is scaled by the token")
+    x0_skip: bool = option(False, "each block sees the embedding again, by a learned weight")
+    unet_skips: bool = option(False, "the second half of the blocks sees what left the first, by learned weights")
+    backout: bool = option(False, "the head sees less of the middle of the model, by a learned weight")
+    smear: bool = option(False, "each token carries some of the one before")
+    bigrams: int = option(0, "rows of a table of embeddings for pairs of tokens; 0 for none")
+    untie_at: float = option(0.0, "share of the run after which a tied head gets its own weights; 0 for never")
+    # the run
+    batches: str = option("", "windows in a step, for equal parts of the run: '8,16'; empty for --batch throughout")
+    batch_lr: float = option(0.5, "rates grow with this power of the batch")
+    contexts: str = option("", "tokens in a window, for equal parts of the run; a step keeps its number of tokens")
+    windows: str = option("", "tokens that a sliding layer sees, for equal parts of the run; empty for --window")
+    yarn: bool = option(False, "rotary speeds are stretched when the window grows")
+    mtp: str = option("", "weights of the next tokens' losses at first, '1,0.5,0.25'; empty: the next one alone")
+    mtp_until: float = option(0.5, "share of the run in which the weights after the first fall to 0")
+    # the optimizer
+    momentum_start: float = option(0.0, "of Muon in the first step, from where it rises to --momentum; 0: no warmup")
+    momentum_warmup: int = option(300, "steps of that rise")
+    normuon: float = option(0.0, "memory of Muon's mean squares by row; 0 for none")
+    muon_decay: float = option(0.0, "decay of the matrices under Muon, times the rate")
+    cautious: bool = option(True, "only weights that the update shrinks decay too")
+    overlap: bool = option(True, "gradients are averaged over ranks while other gradients are still worked on")
+    # the machine
+    attention: Literal["torch", "cuda", "triton"] = option("torch", "whose attention")
+    kernels: Literal["torch", "cuda", "triton"] = option("torch", "whose norms, activations, embeddings, AdamW")
+    fused_loss: bool = option(False, "head and loss in one operation that never has all logits; by our kernels")
+    fp8_head: bool = option(False, "the head multiplies in 8 bits; by our kernels")
+    fp8_mlp: bool = option(False, "the MLPs multiply in 8 bits; by our kernels")
+    bf16_weights: bool = option(False, "matrices are bfloat16 with their lower halves beside them")
+    prefetch: bool = option(True, "batches are made by a thread, ahead of their step")
+    cuda_graphs: bool = option(False, "torch.compile replays a recorded graph of launches")
+
+    def __post_init__(self) -> None:
+        TrainConfig.__post_init__(self)
+        for name in ("untie_at", "mtp_until"):
+            if not (0 <= getattr(self, name) <= 1):
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")
+        for name in ("normuon", "momentum_start"):
+            if not (0 <= getattr(self, name) < 1):
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 to less than 1")
+        for name in ("muon_decay", "batch_lr"):
+            if not (0 <= getattr(self, name) < math.inf):
+                raise ValueError(f"{name} {getattr(self, name)}: expected 0 or a positive number")
+        if self.momentum_warmup < 1:
+            raise ValueError(f"momentum_warmup {self.momentum_warmup}: expected at least 1")
+        for name in ("batches", "contexts", "windows"):
+            if wrong := [n for n in numbers(getattr(self, name)) if n < 1 or n != int(n)]:
+                raise ValueError(f"{name} {getattr(self, name)!r}: expected whole numbers of at least 1, got {wrong}")
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Lists that have to fit to other fields, switches that need another one."""
+        weights = numbers(self.mtp)
+        if weights and (weights[0] != 1 or not all(0 <= weight <= 1 for weight in weights)):
+            raise ValueError(f"mtp {self.mtp!r}: expected 1 and then weights from 0 to 1, like '1,0.5'")
+        for context in numbers(self.contexts):
+            if context > self.context or self.context % context:
+                raise ValueError(f"contexts {self.contexts!r}: expected divisors of the context, {self.context}")
+        if self.untie_at and not self.tied:
+            raise ValueError(f"untie_at {self.untie_at} with an untied head: expected --tied, or 0")
+        if self.yarn and not self.windows:
+            raise ValueError("yarn without windows: expected --windows that grow, like '64,128'")
+        if self.cuda_graphs and not self.compile:
+            raise ValueError("cuda_graphs without compile: expected both")
+        if self.fp8_head and self.fused_loss:
+            raise ValueError("fp8_head and fused_loss: expected one of them, the fused operation has no 8 bits")
+        if self.fused_loss and weights[1:]:
+            raise ValueError("mtp and fused_loss: expected one of them, the fused loss has one target a token")
+
+
+def numbers(text: str) -> list[float]:
+    """Of "8,16". Raises ValueError for what is no list of finite numbers."""
+    try:
+        values = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        values = [math.nan]
+    if not all(map(math.isfinite, values)):
+        raise ValueError(f"{text!r}: expected numbers with commas between them, like '8,16'")
+    return values

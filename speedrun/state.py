@@ -1,0 +1,112 @@
+"""The state of a race, and its checkpoints: those of stage 2, with the optimizers' states of each rank beside the
+weights.
+
+A checkpoint goes on to the same bits on a CPU with as many threads. Refused: another config, architecture, text or
+number of ranks, and weights that are not finite.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.cli import UserError
+from common.dist import World
+from minigpt.checkpoint import Checkpoint, check_architecture, differing, flatten, save_checkpoint, unflatten
+from minigpt.data import TokenData
+from minigpt.model import GPT
+from minigpt.train_config import deciding, plain
+from parallel.comm import Comm
+from speedrun.config import RaceConfig
+from speedrun.optim import Muon, Rows
+
+
+@dataclass(slots=True)
+class Run:
+    """All that a step reads and changes; what of it cannot be computed again is in the checkpoints."""
+
+    config: RaceConfig
+    world: World
+    comm: Comm
+    data: TokenData
+    model: GPT
+    dtype: torch.dtype
+    byte_lengths_V: Tensor
+    forward: Callable[..., Tensor] = None
+    muon: Muon | None = None
+    rest: Rows | None = None
+    step: int = 0
+    seconds: float = 0.0
+    bits_per_byte: float = math.nan
+
+
+def save(run: Run) -> None:
+    """A checkpoint as stage 2 reads it, with the optimizers' states of each rank beside the weights."""
+    if not all(p.isfinite().all() for p in run.model.parameters()):
+        raise UserError(f"weights that are not finite at step {run.step}: stopped; a lower learning rate may help")
+    tensors, groups = flatten([optimizer.state_dict() for optimizer in optimizers(run)])
+    of_ranks = gathered({name: value.cpu() for name, value in tensors.items()}, run)
+    if run.world.rank == 0:
+        state = {
+            "optimizer_groups": groups,
+            "model_config": asdict(run.model.config),
+            "train_config": plain(run.config),
+            "data_digest": run.data.digest,
+            "machine": machine(run),
+            "seconds": run.seconds,
+            "bits_per_byte": None if math.isnan(run.bits_per_byte) else run.bits_per_byte,
+        }
+        weights = {"model": {name: value.float() for name, value in run.model.state_dict().items()}}
+        weights |= {f"optimizer{rank}": tensors for rank, tensors in enumerate(of_ranks)}
+        save_checkpoint(run.config.folder, run.step, state, weights, run.config.keep)
+
+
+def load(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """Raises ValueError naming what differs when architecture, config, text or the number of ranks do."""
+    path, state = checkpoint.path, checkpoint.state
+    check_architecture(path, state["model_config"], asdict(run.model.config))
+    if differences := differing(deciding(state["train_config"]), deciding(plain(run.config))):
+        raise ValueError(f"{path} belongs to a run with another config: {differences}")
+    if state["data_digest"] != run.data.digest:
+        there, here = state["data_digest"][:12], run.data.digest[:12]
+        raise ValueError(f"{path} was trained on other tokens: digest {there} there, {here} here")
+    if state["machine"]["ranks"] != run.world.world_size:
+        raise ValueError(
+            f"{path} is of {state['machine']['ranks']} ranks: expected as many, not {run.world.world_size}"
+        )
+    run.model.load_state_dict(checkpoint.tensors("model"))
+    states = unflatten(checkpoint.tensors(f"optimizer{run.world.rank}"), state["optimizer_groups"])
+    for optimizer, its_state in zip(optimizers(run), states, strict=True):
+        optimizer.load_state_dict(its_state)
+    run.seconds = state["seconds"]
+    run.bits_per_byte = math.nan if state["bits_per_byte"] is None else state["bits_per_byte"]
+    changes = differing(state["machine"], machine(run))
+    return [f"not bitwise the uninterrupted run: {changes}"] if changes else []
+
+
+def optimizers(run: Run) -> list:
+    return [optimizer for optimizer in (run.muon, run.rest) if optimizer is not None]
+
+
+def gathered(tensors: dict[str, Tensor], run: Run) -> list[dict[str, Tensor]]:
+    """Those of all ranks, on rank 0."""
+    if run.world.world_size == 1:
+        return [tensors]
+    of_ranks = [None] * run.world.world_size if run.world.rank == 0 else None
+    dist.gather_object(tensors, of_ranks)
+    return of_ranks or []
+
+
+def machine(run: Run) -> dict[str, Any]:
+    """What the last bits of a result depend on, besides the config."""
+    return {
+        "torch": str(torch.__version__),
+        "device": run.world.device.type,
+        "dtype": str(run.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "ranks": run.world.world_size,
+    }
