@@ -300,8 +300,10 @@ def unused(rank, world_size, batches):
     strategy, stage, _ = pair(rank, world_size)
     model = gpts.stirred_gpt(gpts.SMALL)
     skipped = lambda x_BTC: x_BTC  # noqa: E731
+    wide = gpts.SMALL.kv_heads * gpts.SMALL.key_width
     for part in (stage, model):
-        part.blocks["2" if part is stage else 2].attention.value_embedding.forward = lambda tokens: torch.zeros(())
+        embedding = part.blocks["2" if part is stage else 2].attention.value_embedding
+        embedding.forward = lambda tokens_BT: torch.zeros(*tokens_BT.shape, wide)
     tokens_BT, targets_BT = (x.chunk(world_size) for x in batches[0])
     for other in range(world_size):
         model.blocks[1].mlp.forward = skipped if other == 1 else type(model.blocks[1].mlp).forward.__get__(
