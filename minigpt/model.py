@@ -437,13 +437,13 @@ class GPT(nn.Module):
         """Numbers in all parameters, frozen ones too; tied weights count once."""
         return sum(p.numel() for p in self.parameters())
 
-    def num_flops_per_token(self, T: int | None = None) -> int:
+    def num_flops_per_token(self, T: int | None = None, window: int | None = None) -> int:
         """6 N + 12 H K S of each layer, for a training step on sequences of T tokens (the context when not given).
 
         N counts the weights that are matrix multiplied: not gains, biases and embedding lookups, but the head, tied or
         not; 2 FLOPs forward and 4 backward each. Attention: scores and mixing are 2 H K S multiply-adds forward, twice
-        that backward, over S = T keys, or the window of a sliding layer; as if not causal, the usual convention (PaLM,
-        Chowdhery et al. 2022, appendix B).
+        that backward, over S = T keys, or the window of a sliding layer, for which `window` may stand in; as if not
+        causal, the usual convention (PaLM, Chowdhery et al. 2022, appendix B).
         """
         T = self.config.context if T is None else T
         inner_width = self.config.heads * self.config.key_width
@@ -451,5 +451,6 @@ class GPT(nn.Module):
             p.numel() for name, p in self.blocks.named_parameters() if p.ndim == 2 and "embedding" not in name
         )
         head = self.config.vocab_size * self.config.width
-        seen = sum(min(T, self.config.window_of(layer) or T) for layer in range(self.config.layers))
+        config = self.config if window is None else replace(self.config, window=window)
+        seen = sum(min(T, config.window_of(layer) or T) for layer in range(config.layers))
         return 6 * (matrices + head) + 12 * inner_width * seen

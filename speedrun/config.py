@@ -25,6 +25,7 @@ class RaceConfig(TrainConfig):
     bigrams: int = option(0, "rows of a table of embeddings for pairs of tokens; 0 for none")
     untie_at: float = option(0.0, "share of the run after which a tied head gets its own weights; 0 for never")
     # the run
+    minutes: float = option(0.0, "minutes on the clock that --steps is fitted to, by a rehearsal; 0: not at all")
     batches: str = option("", "windows in a step, for equal parts of the run: '8,16'; empty for --batch throughout")
     batch_lr: float = option(0.5, "rates grow with this power of the batch")
     contexts: str = option("", "tokens in a window, for equal parts of the run; a step keeps its number of tokens")
@@ -57,7 +58,7 @@ class RaceConfig(TrainConfig):
         for name in ("normuon", "momentum_start"):
             if not (0 <= getattr(self, name) < 1):
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to less than 1")
-        for name in ("muon_decay", "batch_lr"):
+        for name in ("muon_decay", "batch_lr", "minutes"):
             if not (0 <= getattr(self, name) < math.inf):
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 or a positive number")
         if self.momentum_warmup < 1:

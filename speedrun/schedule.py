@@ -22,6 +22,11 @@ class Plan:
     mtp: tuple[float, ...]  # weights of the losses of the next token, the one after, ...
     untied: bool  # whether a tied head has its own weights by now
 
+    @property
+    def kind(self) -> tuple:
+        """Steps of one kind are one compiled program."""
+        return self.rows, self.context, self.window, self.stretched, len(self.mtp), self.untied
+
 
 def plan(step: int, config: RaceConfig) -> Plan:
     """For step 0 to config.steps - 1."""

@@ -40,7 +40,8 @@ class Run:
     muon: Muon | None = None
     rest: Rows | None = None
     step: int = 0
-    seconds: float = 0.0
+    seconds: float = 0.0  # in steps, on the clock
+    warm_seconds: float = 0.0  # in first passes, off the clock
     bits_per_byte: float = math.nan
 
 
@@ -58,6 +59,7 @@ def save(run: Run) -> None:
             "data_digest": run.data.digest,
             "machine": machine(run),
             "seconds": run.seconds,
+            "warm_seconds": run.warm_seconds,
             "bits_per_byte": None if math.isnan(run.bits_per_byte) else run.bits_per_byte,
         }
         weights = {"model": {name: value.float() for name, value in run.model.state_dict().items()}}
@@ -82,7 +84,7 @@ def load(run: Run, checkpoint: Checkpoint) -> list[str]:
     states = unflatten(checkpoint.tensors(f"optimizer{run.world.rank}"), state["optimizer_groups"])
     for optimizer, its_state in zip(optimizers(run), states, strict=True):
         optimizer.load_state_dict(its_state)
-    run.seconds = state["seconds"]
+    run.seconds, run.warm_seconds = state["seconds"], state["warm_seconds"]
     run.bits_per_byte = math.nan if state["bits_per_byte"] is None else state["bits_per_byte"]
     changes = differing(state["machine"], machine(run))
     return [f"not bitwise the uninterrupted run: {changes}"] if changes else []

@@ -19,6 +19,7 @@ from minigpt.compare import plot_run
 from minigpt.sample import sample_text
 from minigpt.sampling import Sampling
 from speedrun.config import RaceConfig
+from speedrun.schedule import plan
 
 PROMPT = "def "
 
@@ -41,11 +42,13 @@ def machine_peak(dtype: torch.dtype, world: World) -> float:
 def summarise(run: Any, wall_seconds: float) -> dict[str, Any]:
     """The numbers of a finished run, written to summary.json in its folder; loss.png is drawn again beside xz."""
     config, data, world = run.config, run.data, run.world
-    tokens_per_second = config.steps * config.batch * config.context / run.seconds
     # Shards may come without their text: then there is nothing to compress.
     others = compressors(data.held_out_text) if data.held_out_text is not None else {}
     plot_run(config.folder, reference={name: others[name] for name in ("xz -9e",) if name in others})
-    flops = run.model.num_flops_per_token(config.context) * tokens_per_second
+    plans = [plan(step, config) for step in range(config.steps)]
+    tokens = sum(now.rows * now.context for now in plans)
+    flops = sum(run.model.num_flops_per_token(now.context, now.window) * now.rows * now.context for now in plans)
+    flops /= run.seconds
     peak = machine_peak(run.dtype, world)
     summary = {
         "bits_per_byte": run.bits_per_byte,
@@ -60,10 +63,11 @@ def summarise(run: Any, wall_seconds: float) -> dict[str, Any]:
         "ranks": world.world_size,
         "threads": torch.get_num_threads(),
         "steps": config.steps,
-        "tokens": config.steps * config.batch * config.context,
+        "tokens": tokens,
         "train_seconds": run.seconds,
+        "compile_seconds": run.warm_seconds,
         "wall_seconds": wall_seconds,
-        "tokens_per_s": tokens_per_second,
+        "tokens_per_s": tokens / run.seconds,
         "flops": flops,
         "gemm_peak_flops": peak,
         "of_peak": flops / peak,
@@ -81,8 +85,9 @@ def as_lines(summary: dict[str, Any], config: RaceConfig) -> str:
         [
             f"bits per byte  {s['bits_per_byte']:.4f} on {s['held_out_bytes']:,} held-out bytes{beside}",
             f"model          {s['parameters']:,} parameters, {s['dtype']}, a vocabulary of {s['vocabulary']:,} tokens",
-            f"training       {s['steps']:,} steps, {s['tokens']:,} tokens in {format_duration(s['train_seconds'])}; "
-            f"this sitting with evaluation and all {format_duration(s['wall_seconds'])}",
+            f"training       {s['steps']:,} steps, {s['tokens']:,} tokens in {format_duration(s['train_seconds'])}, "
+            f"compiled in {format_duration(s['compile_seconds'])}; this sitting with evaluation and all "
+            f"{format_duration(s['wall_seconds'])}",
             f"speed          {s['tokens_per_s']:,.0f} tokens/s, {s['flops'] / 1e9:,.1f} GFLOP/s, {s['of_peak']:.1%} "
             f"of the GEMM peak measured here, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s{ranks}",
             "files          " + "  ".join(str(config.folder / name) for name in ("loss.png", "metrics.jsonl", FOLDER)),

@@ -13,8 +13,11 @@ import math
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
@@ -42,6 +45,7 @@ from speedrun.state import Run, load, optimizers, save
 from speedrun.summary import as_lines, sample, summarise
 
 READ_EVERY = 25  # steps on a GPU: to read a loss is to wait for it
+REHEARSED = 8  # steps of each kind, to fit a run to its minutes
 
 
 # ---- before the first step -------------------------------------------------------------------------------------------
@@ -62,15 +66,12 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
         data.describe(),
         f"model: {model.num_parameters():,} parameters, {str(run.dtype)[6:]} on {world.device.type}",
     ]
-    checkpoint = None
+    make_optimizers(run)
     if config.resume:
         checkpoint, warnings = load_checkpoint(config.folder)
-        notes += warnings
         run.step = checkpoint.state["step"]
         change(run, plan(max(0, run.step - 1), config))  # the model as it was when it was saved
-    make_optimizers(run)
-    if checkpoint is not None:
-        notes += load(run, checkpoint)
+        notes += warnings + load(run, checkpoint)
     options = {"mode": "reduce-overhead"} if config.cuda_graphs else {}
     run.forward = torch.compile(run.model, **options) if config.compile else run.model
     comm.barrier()  # every rank has looked at the folder before rank 0 writes into it
@@ -79,6 +80,30 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
             data.tokenizer.save(config.folder / TOKENIZER)
         save(run)
     return run, notes
+
+
+def fitted(config: RaceConfig, world: World) -> RaceConfig:
+    """With as many steps as take config.minutes here, by the time of a few steps of each kind; all ranks alike."""
+    kinds: dict[tuple, list[int]] = {}
+    for step in range(config.steps):
+        kinds.setdefault(plan(step, config).kind, []).append(step)
+    with TemporaryDirectory() as folder:
+        run, _ = prepare(replace(config, folder=Path(folder) / "rehearsal", minutes=0.0), world)
+        make, total = batches(run), 0.0
+        for steps in kinds.values():
+            now = plan(steps[0], config)
+            change(run, now)
+            mine = [torch.from_numpy(part).to(world.device) for part in make(steps[0])]
+            warm_up(run, now, *mine)
+            began = time.perf_counter()
+            for _ in range(REHEARSED):
+                gradients(run, now, *mine)
+                update(run, now)
+            wait_for(world.device)
+            total += (time.perf_counter() - began) / REHEARSED * len(steps)
+    slowest = torch.tensor([total], device=world.device)
+    run.comm.all_reduce(slowest, "max", tag="time of a step")
+    return replace(config, steps=max(1, int(config.steps * 60 * config.minutes / slowest.item())))
 
 
 def check(config: RaceConfig, world: World) -> None:
@@ -190,6 +215,23 @@ def update(run: Run, now: Plan) -> None:
     run.model.zero_grad(set_to_none=True)
 
 
+def warm_up(run: Run, now: Plan, *batch_of_rank: Tensor) -> float:
+    """Seconds of a first pass of its kind, which compiles; off the clock, and without a trace in the run's numbers."""
+    wait_for(run.world.device)
+    began = time.perf_counter()
+    gradients(run, now, *batch_of_rank)
+    run.model.zero_grad(set_to_none=True)
+    wait_for(run.world.device)
+    seconds = time.perf_counter() - began
+    run.warm_seconds += seconds
+    return seconds
+
+
+def wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def loop(run: Run, notes: list[str]) -> None:
     """The steps that are left."""
     config, world = run.config, run.world
@@ -201,17 +243,22 @@ def loop(run: Run, notes: list[str]) -> None:
     with log, interruptible() as interrupted, ahead, steady:
         for note in notes:
             log.message(note)
-        unread, began = [], time.perf_counter()
+        unread, seen, began = [], set(), time.perf_counter()
         while run.step < config.steps:
             now = plan(run.step, config)
             change(run, now)
-            unread.append((now, gradients(run, now, *ahead.next(run.step))))
+            batch_of_rank = ahead.next(run.step)
+            if now.kind not in seen:
+                seen.add(now.kind)
+                began += warm_up(run, now, *batch_of_rank)
+            unread.append((now, gradients(run, now, *batch_of_rank)))
             update(run, now)
             run.step += 1
             last, look = run.step == config.steps, run.step % config.eval_every == 0
             due = last or run.step % config.checkpoint_every == 0
             if not (last or look or due or len(unread) == read_every):
                 continue
+            wait_for(world.device)
             found, stop = read(run, log, unread, time.perf_counter() - began, peak, interrupted())
             found |= evaluate(run) if last or look else {}
             log.metrics(run.step, **found)
@@ -232,15 +279,13 @@ def read(
     values = torch.stack([*(pair for _, pair in unread), torch.full_like(unread[0][1], float(stop))]).double()
     run.comm.all_reduce(values, "mean", tag="losses")
     *pairs, (stops, _) = values.tolist()
-    if run.world.device.type == "cuda":
-        torch.cuda.synchronize(run.world.device)
     run.seconds += seconds
     each = seconds / len(unread)
     for number, ((now, _), (loss, size)) in enumerate(zip(unread, pairs, strict=True), run.step - len(unread) + 1):
         if not math.isfinite(loss):
             raise UserError(f"loss {loss:g} at step {number}: stopped; a lower learning rate may help")
         speed = now.rows * now.context / each
-        mfu = run.model.num_flops_per_token(now.context) * speed / (peak * run.world.world_size)
+        mfu = run.model.num_flops_per_token(now.context, now.window) * speed / (peak * run.world.world_size)
         bits = loss / math.log(2) / size if size else math.nan
         metrics = {"loss": loss, "train_bits_per_byte": bits, "lr_share": now.lr_share}
         if number < run.step:
@@ -280,6 +325,9 @@ def race(config: RaceConfig, world: World) -> Run:
     Raises ValueError or UserError for what the user can mend, before anything is written; KeyboardInterrupt after
     Ctrl-C, once the checkpoint is saved.
     """
+    if config.minutes and not config.resume:
+        refuse_existing(config.folder)
+        config = fitted(config, world)
     run, notes = prepare(config, world)
     if run.step < config.steps:
         loop(run, notes)
@@ -299,7 +347,7 @@ def main() -> None:
     finally:
         finish()
     if world.rank == 0:
-        print(as_lines(summarise(run, time.perf_counter() - began), config))
+        print(as_lines(summarise(run, time.perf_counter() - began), run.config))
         print(sample(run))
 
 
