@@ -59,6 +59,7 @@ def attention(
     bias: Tensor | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    longest: int | None = None,
     dropout: float = 0.0,
     return_lse: bool = False,
     deterministic: bool = False,
@@ -78,6 +79,8 @@ def attention(
     device: where each sequence begins, and the number of rows. Without bias. A NaN or infinity in one sequence may
     reach the one before it: tiles overlap there, and 0 * NaN is NaN. Their values are looked at, which makes a
     CPU wait for a GPU, once for each tensor and version; who writes to `.data` behind torch's back is not seen.
+    `longest`: no sequence has more rows, as the caller knows; then nobody looks or waits, and starts that are wrong
+    read and write anywhere.
 
     `return_lse`: also log-sum-exp of the scores, float32 (B, H, T), packed (H, rows), natural logarithm; -inf where
     nothing is seen. It is differentiable too. `deterministic`: the gradient of q is summed in a fixed order. Dropout is
@@ -102,8 +105,12 @@ def attention(
         raise ValueError(f"step {step!r}, backward_step {backward_step!r}: expected None, there are none in Triton")
     forward, backward = _step_name(step, FORWARD, "step"), _step_name(backward_step, BACKWARD, "backward_step")
     packed = cu_seqlens_q is not None
-    longest_q = _longest("cu_seqlens_q", cu_seqlens_q, q) if packed else q.shape[2]
-    longest_k = _longest("cu_seqlens_k", cu_seqlens_k, k) if packed else k.shape[2]
+    if longest is not None and not (packed and longest >= 1):
+        raise ValueError(f"longest {longest!r}: expected a number of rows beside cu_seqlens, or None")
+    longest_q = longest_k = longest
+    if longest is None:
+        longest_q = _longest("cu_seqlens_q", cu_seqlens_q, q) if packed else q.shape[2]
+        longest_k = _longest("cu_seqlens_k", cu_seqlens_k, k) if packed else k.shape[2]
     if packed:
         cu_seqlens_q, cu_seqlens_k = cu_seqlens_q.contiguous(), cu_seqlens_k.contiguous()
     reach = window - 1 if window else EVERYTHING

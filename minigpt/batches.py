@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 ROUNDS = 8  # of the Feistel network
-Batch = tuple[np.ndarray, np.ndarray]
+Batch = tuple[np.ndarray, ...]
 
 
 class TokenStream:
@@ -133,8 +133,9 @@ def rank_rows(row: int, global_batch: int, rank: int, world_size: int) -> tuple[
 class Prefetcher:
     """Makes the batches of the next steps in a thread while the current one is worked on; `with Prefetcher(...) as p`.
 
-    `make(step)` returns (inputs, targets) and depends on the step alone, so `p.next(step)` is what make(step) is, as
-    tensors on `device`, whether or not it was made ahead; steps in any order are right, one after the other is fast.
+    `make(step)` returns arrays, say (inputs, targets), and depends on the step alone, so `p.next(step)` is what
+    make(step) is, as tensors on `device`, whether or not it was made ahead; steps in any order are right, one after the
+    other is fast.
     On CUDA the thread pins the arrays and copies them on a stream of its own. What make raises, `next` raises.
     """
 
@@ -144,7 +145,7 @@ class Prefetcher:
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch")
         self._stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
-    def next(self, step: int) -> tuple[Tensor, Tensor]:
+    def next(self, step: int) -> tuple[Tensor, ...]:
         wanted = range(step, step + self.depth + 1)
         for other in [other for other in self._pending if other not in wanted]:
             self._pending.pop(other).cancel()
@@ -159,12 +160,12 @@ class Prefetcher:
                 tensor.record_stream(stream)  # its memory came from the other stream and is used on this one
         return tensors
 
-    def _prepare(self, step: int) -> tuple[tuple[Tensor, Tensor], "torch.cuda.Event | None"]:
-        inputs, targets = (torch.from_numpy(part) for part in self.make(step))
+    def _prepare(self, step: int) -> tuple[tuple[Tensor, ...], "torch.cuda.Event | None"]:
+        made = tuple(torch.from_numpy(part) for part in self.make(step))
         if self._stream is None:
-            return (inputs, targets), None
+            return made, None
         with torch.cuda.stream(self._stream):
-            tensors = tuple(part.pin_memory().to(self.device, non_blocking=True) for part in (inputs, targets))
+            tensors = tuple(part.pin_memory().to(self.device, non_blocking=True) for part in made)
             return tensors, self._stream.record_event()
 
     def close(self) -> None:

@@ -28,6 +28,7 @@ class Documents(NamedTuple):
 
     positions_BT: Any  # from 0 in each document
     documents_BT: Any  # equal for the tokens of one document
+    starts: Any = None  # for an attention that wants no mask: where each document begins, all rows laid end to end
 
     def mask(self, window: int = 0):
         """(B, T, T): at or before the query, in the window, in one document."""

@@ -205,6 +205,8 @@ class Sight:
         return (self.positions_BT == 0).expand(self.tokens_BT.shape)
 
     def _rule(self, window: int) -> dict:
+        if self.documents is not None and self.documents.starts is not None:
+            return {"starts": self.documents.starts, "window": window}
         mask_BTS = self._mask(window)
         if mask_BTS is not None:
             return {"mask_BTS": mask_BTS}
@@ -291,7 +293,8 @@ class GPT(nn.Module):
     """The arguments stand for layers of later stages:
 
     attention_fn(q_BHTK, k_BGSK, v_BGSK, *, window=..., mask_BTS=...) -> y_BHTK is causal, see `causal_attention`; the
-    keywords are given only where the config, a cache, `separator` or `documents` ask for them.
+    keywords are given only where the config, a cache, `separator` or `documents` ask for them; documents with `starts`
+    give these in place of a mask.
     linear_cls(in, out, bias=bool), norm_cls(width, eps=float) and embedding_cls(numbers, width) are modules with
     `.weight`; norm_cls None means the config's. rotary_fn and activation_fn are like `rotate` and `activate`.
     loss_fn(x_BTC, weight_VC, targets_BT, softcap=, z_loss=) is the mean cross-entropy of hidden states, in place of
@@ -381,8 +384,8 @@ class GPT(nn.Module):
         given = {what: value for what, value in given.items() if value is not None}
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)}: expected one of them, a cache holds one document a row")
-        if documents is not None and any(x.shape != tokens_BT.shape for x in documents):
-            shapes = [tuple(x.shape) for x in documents]
+        if documents is not None and any(x.shape != tokens_BT.shape for x in documents[:2]):
+            shapes = [tuple(x.shape) for x in documents[:2]]
             raise ValueError(f"positions and documents of shapes {shapes}: expected {tuple(tokens_BT.shape)} of both")
         if cache is not None and self.config.reads_the_token_before:
             raise ValueError(

@@ -31,6 +31,7 @@ class RaceConfig(TrainConfig):
     contexts: str = option("", "tokens in a window, for equal parts of the run; a step keeps its number of tokens")
     windows: str = option("", "tokens that a sliding layer sees, for equal parts of the run; empty for --window")
     yarn: bool = option(False, "rotary speeds are stretched when the window grows")
+    documents: bool = option(False, "rows are packed from documents, which begin anew in them and see no other")
     mtp: str = option("", "weights of the next tokens' losses at first, '1,0.5,0.25'; empty: the next one alone")
     mtp_until: float = option(0.5, "share of the run in which the weights after the first fall to 0")
     # the optimizer
@@ -76,6 +77,8 @@ class RaceConfig(TrainConfig):
         for context in numbers(self.contexts):
             if context > self.context or self.context % context:
                 raise ValueError(f"contexts {self.contexts!r}: expected divisors of the context, {self.context}")
+        if self.documents and self.document_mask:
+            raise ValueError("documents and document_mask: expected one of them, documents sees to the mask too")
         if self.untie_at and not self.tied:
             raise ValueError(f"untie_at {self.untie_at} with an untied head: expected --tied, or 0")
         if self.yarn and not self.windows:

@@ -14,8 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minigpt.masks import Documents
 from minigpt.model import GPT, causal_attention, rotary_tables
 from speedrun.config import RaceConfig
+from speedrun.documents import packed_attention
 
 # Of matrices that begin at zero; what `--no-zero-init` gives them instead is GPT-2's way, Radford et al. 2019.
 ENDS = ("output.weight", "down.weight", "head.weight")
@@ -55,7 +57,8 @@ def parts(config: RaceConfig) -> dict:
         if width not in train_gpt.WIDTHS[config.attention]:
             known = ", ".join(map(str, train_gpt.WIDTHS[config.attention]))
             raise ValueError(f"head width {width} with attention {config.attention}: expected one of {known}")
-        arguments["attention_fn"] = partial(ops.causal_attention, kernels=config.attention)
+        attention = packed_attention if config.documents else ops.causal_attention
+        arguments["attention_fn"] = partial(attention, kernels=config.attention)
     if config.fused_loss:
         whose = "cuda" if config.kernels == "torch" else config.kernels
         arguments["loss_fn"] = partial(train_gpt.linear_cross_entropy, kernels=whose)
@@ -87,12 +90,18 @@ class Fp8Linear(nn.Linear):
 
 
 def race_loss(
-    logits_BTV: Tensor, targets_BT: Tensor, weights: tuple[float, ...], z_loss: float = 0.0
+    logits_BTV: Tensor,
+    targets_BT: Tensor,
+    weights: tuple[float, ...],
+    z_loss: float = 0.0,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:
     """What a step minimises, and the mean cross-entropy of the next token alone, in nats and without a gradient.
 
     The first is the sum over k of weights[k] times the mean cross-entropy of the token k further on than the next, as
-    far as the row goes, plus z_loss * mean(log Z squared). Targets of -100 do not count.
+    far as the row goes, plus z_loss * mean(log Z squared). Targets of -100 do not count. With documents a token further
+    on than the next that belongs to another one costs nothing; means are still over all tokens, so that those of ranks
+    that have more and fewer documents are put together rightly.
     """
     log_Z_BT, losses = logits_BTV.logsumexp(dim=-1), []
     for ahead, weight in enumerate(weights[: targets_BT.shape[1]]):
@@ -101,6 +110,8 @@ def race_loss(
         counts_BT = wanted_BT >= 0
         chosen_BT = logits_BTV[:, :T].gather(2, wanted_BT.clamp(min=0)[..., None])[..., 0]
         nats_BT = (log_Z_BT[:, :T] - chosen_BT) * counts_BT
+        if documents is not None and ahead:
+            nats_BT = nats_BT * (documents.documents_BT[:, ahead:] == documents.documents_BT[:, :T])
         losses.append(weight * nats_BT.sum() / counts_BT.sum().clamp(min=1))
     total = sum(losses)
     return total + z_loss * log_Z_BT.square().mean() if z_loss else total, losses[0].detach() / weights[0]

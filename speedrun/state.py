@@ -22,6 +22,7 @@ from minigpt.model import GPT
 from minigpt.train_config import deciding, plain
 from parallel.comm import Comm
 from speedrun.config import RaceConfig
+from speedrun.documents import DocumentRows
 from speedrun.optim import Muon, Rows
 
 
@@ -36,6 +37,7 @@ class Run:
     model: GPT
     dtype: torch.dtype
     byte_lengths_V: Tensor
+    documents: DocumentRows | None = None
     forward: Callable[..., Tensor] = None
     muon: Muon | None = None
     rest: Rows | None = None

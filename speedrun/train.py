@@ -37,6 +37,7 @@ from minigpt.trainer import choose_dtype
 from parallel.comm import make_comm
 from parallel.mesh import Layout, Mesh
 from speedrun.config import RaceConfig
+from speedrun.documents import DocumentRows, documents_of
 from speedrun.model import build, race_loss, stretch, untie
 from speedrun.optim import Muon, Rows
 from speedrun.presets import PRESETS, choose_preset, has_compiler
@@ -58,14 +59,18 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
         refuse_existing(config.folder)
     data = load_data(config.corpus, config.tokenizer, endpoint=endpoint_from_env())
     check_length(data.train, config.context)
+    documents = DocumentRows(data.train, data.tokenizer.separator) if config.documents else None
     comm = make_comm(Mesh(Layout(dp=world.world_size), world.rank, world.world_size).group("dp"))
     model = build(config, data.tokenizer.vocab_size).to(world.device)
     lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
-    run = Run(config, world, comm, data, model, choose_dtype(config.dtype, world.device), lengths_V)
+    run = Run(config, world, comm, data, model, choose_dtype(config.dtype, world.device), lengths_V, documents)
     notes = [
         data.describe(),
         f"model: {model.num_parameters():,} parameters, {str(run.dtype)[6:]} on {world.device.type}",
     ]
+    if documents is not None:
+        left_out = documents.dropped(config.context)
+        notes.append(f"documents: {documents.rows(config.context):,} rows in an epoch, {left_out:,} tokens left over")
     make_optimizers(run)
     if config.resume:
         checkpoint, warnings = load_checkpoint(config.folder)
@@ -152,7 +157,8 @@ def make_optimizers(run: Run) -> None:
 
 
 def batches(run: Run) -> Callable[[int], tuple]:
-    """step -> numpy (inputs_BT, targets_BT) of this rank. Rows of one length are taken one after the other."""
+    """step -> numpy (inputs_BT, targets_BT) of this rank, with documents what tells where they are. Rows of one length
+    are taken one after the other."""
     config, world, counts = run.config, run.world, {}
     firsts = []
     for step in range(config.steps):
@@ -163,7 +169,10 @@ def batches(run: Run) -> Callable[[int], tuple]:
     def make(step: int) -> tuple:
         now = plan(step, config)
         first, rows = rank_rows(firsts[step], now.rows, world.rank, world.world_size)
-        return batch(run.data.train, seed=config.seed, row=first, rows=rows, context=now.context)
+        where = {"seed": config.seed, "row": first, "rows": rows, "context": now.context}
+        if run.documents is not None:
+            return run.documents.batch(**where, parts=config.accumulate)
+        return batch(run.data.train, **where)
 
     return make
 
@@ -181,20 +190,24 @@ def change(run: Run, now: Plan) -> None:
             run.rest.add_copy(run.model.embedding.weight, weight, run.config.head_lr or run.config.learning_rate)
 
 
-def gradients(run: Run, now: Plan, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
+def gradients(run: Run, now: Plan, inputs_BT: Tensor, targets_BT: Tensor, *where: Tensor) -> Tensor:
     """Leaves the gradient of the mean loss of this rank's rows; returns mean nats and bytes of their next tokens."""
     config, device = run.config, run.world.device
     options = {"window": now.window} if config.windows else {}
     if config.document_mask:
         options["separator"] = run.data.tokenizer.separator
     nats = torch.zeros((), device=device)
-    for part_BT, wanted_BT in zip(inputs_BT.chunk(config.accumulate), targets_BT.chunk(config.accumulate), strict=True):
+    parts = (x.chunk(config.accumulate) for x in (inputs_BT, targets_BT, *where))
+    for part_BT, wanted_BT, *its in zip(*parts, strict=True):
+        documents = documents_of(*its, config.attention) if its else None
+        options |= {"documents": documents} if its else {}
         with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
             if config.fused_loss:
                 loss = run.forward(part_BT, wanted_BT, z_loss=config.z_loss, **options)
                 next_token = loss.detach()
             else:
-                loss, next_token = race_loss(run.forward(part_BT, **options), wanted_BT, now.mtp, config.z_loss)
+                logits_BTV = run.forward(part_BT, **options)
+                loss, next_token = race_loss(logits_BTV, wanted_BT, now.mtp, config.z_loss, documents)
         (loss / config.accumulate).backward()
         nats += next_token / config.accumulate
     return torch.stack([nats, run.byte_lengths_V[targets_BT].to(nats.dtype).mean()])
