@@ -96,7 +96,7 @@ gpu: native
 	$(RUN) -m parallel.bench --device cuda --rounds 7 --out $(OUT)
 	$(RUN) -m lora.bench --device cuda --out $(OUT)
 	rm -rf build/speedrun
-	$(RUN) -m speedrun.train --preset gpu --device cuda --folder build/speedrun
+	$(RUN) -m speedrun.train --preset one-gpu --device cuda --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)
 
 # The kernels' GPU tests under NVIDIA's own checks, which take long: what the model finds, and what it cannot.

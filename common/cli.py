@@ -7,6 +7,7 @@ the config's `__post_init__`; a ValueError raised there ends as one line on stde
 
 import argparse
 import dataclasses
+import difflib
 import os
 import sys
 import types
@@ -64,7 +65,10 @@ def parse_explicit(
         raise ValueError(f"default_preset {default_preset!r} is not among the presets {sorted(presets)}")
     parser = _build(config_class, presets, default_preset, prog, description)
     tokens = _attach_negative_numbers(sys.argv[1:] if argv is None else argv)
-    given = vars(parser.parse_args(tokens))
+    namespace, unknown = parser.parse_known_args(tokens)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}{_nearest(unknown, parser)}")
+    given = vars(namespace)
     explicit = frozenset(given)
     base = presets.get(given.pop("preset", default_preset)) if presets else None
     missing = (
@@ -133,6 +137,14 @@ def _build(config_class, presets, default_preset, prog, description) -> argparse
         except argparse.ArgumentError as error:  # a field called `help`, `preset`, or `no_x` beside a bool `x`
             raise TypeError(f"{config_class.__name__}.{field.name} cannot be a flag: {error}") from None
     return parser
+
+
+def _nearest(unknown: list[str], parser: argparse.ArgumentParser) -> str:
+    """`; did you mean --batch-size?`, where there are flags like the unknown ones."""
+    known = [flag for action in parser._actions for flag in action.option_strings]
+    flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
+    near = [name for flag in flags for name in difflib.get_close_matches(flag, known, n=2, cutoff=0.7)]
+    return f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
 
 
 def _fields(config_class: type) -> list[dataclasses.Field]:
@@ -220,7 +232,9 @@ def _choices(by_text: Mapping[str, object]) -> dict[str, Any]:
 
     def convert(text: str) -> object:
         if text not in by_text:
-            raise argparse.ArgumentTypeError(f"expected one of {', '.join(by_text)}, got {text!r}")
+            near = difflib.get_close_matches(text, by_text, n=1, cutoff=0.7)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(by_text)}, got {text!r}{hint}")
         return by_text[text]
 
     return {"type": convert, "metavar": "{" + ",".join(by_text) + "}"}

@@ -18,7 +18,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from common.cli import program
 
@@ -158,6 +158,22 @@ def format_duration(seconds: float) -> str:
     return f"{hour}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+class View(Protocol):
+    """Who shows the progress of a run. All calls come from rank 0; the steps in them do not fall."""
+
+    def filed(self, step: int, values: Mapping[str, Any]) -> None:
+        """These metrics or times were just written to the files."""
+
+    def show(self, step: int, shown: Mapping[str, Any]) -> None:
+        """The run has come to this step, and its caller wants these values seen."""
+
+    def message(self, text: str) -> None:
+        """Prints text, of one or more lines, where it stays."""
+
+    def close(self) -> None:
+        """Shows the last state and leaves the terminal as it was found; also after an exception."""
+
+
 class RunLog:
     """Writes one run's folder and shows its progress; `with RunLog(...) as log`.
 
@@ -168,15 +184,25 @@ class RunLog:
     """
 
     def __init__(
-        self, folder: Path | str, config: Any, *, total_steps: int, start_step: int = 0, enabled: bool = True
+        self,
+        folder: Path | str,
+        config: Any,
+        *,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        view: View | None = None,
     ) -> None:
-        """`config` is a dataclass or a mapping. Raises ValueError unless 0 <= start_step <= total_steps."""
+        """`config` is a dataclass or a mapping; `view` shows the progress, None is one line.
+
+        Raises ValueError unless 0 <= start_step <= total_steps.
+        """
         if not (0 <= start_step <= total_steps):
             raise ValueError(f"start_step must be within 0..total_steps = {total_steps}, got {start_step}")
         self.folder, self.config, self.enabled = Path(folder), config, enabled
         self.start_step = start_step
         self._files: dict[str, Any] = {}
-        self._line = _ProgressLine(total_steps, start_step)
+        self._view = _ProgressLine(total_steps, start_step) if view is None else view
 
     def __enter__(self) -> Self:
         if not self.enabled:
@@ -198,7 +224,7 @@ class RunLog:
         return json.loads(path.read_text()).get("sittings", []) if path.exists() else []
 
     def __exit__(self, *_: object) -> None:
-        self._line.close()
+        self._view.close()
         for file in self._files.values():
             file.close()
         self._files.clear()
@@ -214,12 +240,12 @@ class RunLog:
     def progress(self, step: int, **shown: Any) -> None:
         """Shows bar, step / total, the given values and the time left. Cheap: call it at each step."""
         if self.enabled:
-            self._line.show(step, shown)
+            self._view.show(step, shown)
 
     def message(self, text: str) -> None:
         """Prints a line of text above the progress line."""
         if self.enabled:
-            self._line.message(text)
+            self._view.message(text)
 
     def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
         if not self.enabled:
@@ -230,6 +256,31 @@ class RunLog:
         line = json.dumps(jsonable({"step": step, **values}), allow_nan=False) + "\n"
         self._files[name].write(line.encode())
         self._files[name].flush()
+        self._view.filed(step, values)
+
+
+def live_terminal() -> bool:
+    """Whether stdout is a terminal in which what was printed can be drawn over."""
+    return sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+class Pace:
+    """The time left. What is reported first compiles and warms up, so after that the pace counts from its end."""
+
+    def __init__(self, total: int, start: int) -> None:
+        self.total = total
+        self.began = (start, monotonic())
+        self.first: tuple[int, float] | None = None  # (step, time) of the first report
+
+    def reported(self, step: int, now: float) -> None:
+        self.first = self.first or (step, now)
+
+    def left(self, step: int, now: float) -> float:
+        """Seconds; NaN while no step is done."""
+        warm = self.first is not None and step > self.first[0]
+        first_step, first_time = self.first if warm else self.began
+        pace = (now - first_time) / (step - first_step) if step > first_step else math.nan
+        return pace * (self.total - step)
 
 
 class _ProgressLine:
@@ -237,19 +288,20 @@ class _ProgressLine:
 
     def __init__(self, total: int, start: int) -> None:
         self.total = total
-        self.pace_from: tuple[int, float] | None = None  # (step, time) of the first call; set there, see show
-        self.began = (start, monotonic())
+        self.pace = Pace(total, start)
         self.drawn_step, self.drawn_at = start, -math.inf
         self.latest: tuple[int, Mapping[str, Any]] | None = None
-        self.live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+        self.live = live_terminal()
+
+    def filed(self, step: int, values: Mapping[str, Any]) -> None:
+        """Nothing: the line shows what it is told to."""
 
     def show(self, step: int, shown: Mapping[str, Any]) -> None:
         now = monotonic()
         self.latest = (step, shown)
         if self._due(step, now):
             self._draw(now)
-        if self.pace_from is None:  # the first step compiles and warms up, so later the pace counts from its end
-            self.pace_from = (step, now)
+        self.pace.reported(step, now)
 
     def message(self, text: str) -> None:
         print(f"\r\x1b[K{text}" if self.live else text, flush=True)
@@ -290,10 +342,7 @@ class _ProgressLine:
             full = round(BAR_WIDTH * min(share, 1.0))
             parts.insert(0, f"[{'=' * full}{'.' * (BAR_WIDTH - full)}]")
         parts += [f"{name} {_show(value)}" for name, value in shown.items()]
-        warm = self.pace_from is not None and step > self.pace_from[0]
-        first_step, first_time = self.pace_from if warm else self.began
-        pace = (now - first_time) / (step - first_step) if step > first_step else math.nan
-        return "  ".join([*parts, f"eta {format_duration(pace * (self.total - step))}"])
+        return "  ".join([*parts, f"eta {format_duration(self.pace.left(step, now))}"])
 
 
 def _show(value: Any) -> str:

@@ -49,7 +49,7 @@ def save_result(
     about |= {"config": config, "versions": versions(), "commit": git["commit"], "dirty": git["dirty"]}
     about |= {"platform": f"{platform.system()}-{platform.machine()}"}  # platform.platform() may hold a site's name
     path = Path(root) / stage / f"{name}_{device_label}_{date}.json"
-    atomic_write(path, _layout(_portable(about), [_portable(jsonable(_plain(row))) for row in rows]))
+    atomic_write(path, _layout(portable(about), [portable(jsonable(_plain(row))) for row in rows]))
     return path
 
 
@@ -77,12 +77,12 @@ def _plain(row: Mapping[str, Any]) -> dict[str, Any]:
     return {key: value.as_dict() if hasattr(value, "as_dict") else value for key, value in row.items()}
 
 
-def _portable(value: Any) -> Any:
+def portable(value: Any) -> Any:
     """JSON data in which each absolute path is relative to the current folder, or only its last part if outside it."""
     if isinstance(value, dict):
-        return {key: _portable(item) for key, item in value.items()}
+        return {key: portable(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_portable(item) for item in value]
+        return [portable(item) for item in value]
     return ABSOLUTE_PATH.sub(_shorten, value) if isinstance(value, str) else value
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from minigpt.corpus import is_held_out, read_text, stdlib_files
+from minigpt.corpus import is_held_out, python_files, read_text
 
 LONGEST_SIGNATURE = 120  # characters
 SHORTEST_DOCSTRING = 20  # characters of its first paragraph
@@ -88,7 +88,7 @@ def standard_library(root: Path | None = None) -> ExampleSet:
     root = Path(sysconfig.get_paths()["stdlib"]) if root is None else root
     train, held_out, prompts = [], [], set()
     left_out: Counter[str] = Counter()
-    for name in stdlib_files(root):
+    for name in python_files(root):
         side = held_out if is_held_out(name) else train
         for example, reason in module_examples(read_text(root / name)[0]):
             if example is not None and example.prompt in prompts:

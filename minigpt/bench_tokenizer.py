@@ -19,7 +19,7 @@ from common import timing
 from common.cli import UserError, parse, run
 from common.results import save_result
 from minigpt import bpe_native
-from minigpt.corpus import stdlib_files
+from minigpt.corpus import python_files
 from minigpt.splitting import GPT4
 from minigpt.tokenizer import Tokenizer
 from minigpt.tokenizer_files import token_of
@@ -44,7 +44,7 @@ def documents(size: int) -> list[bytes]:
     """Whole files of the standard library's source, about `size` bytes together."""
     root = Path(sysconfig.get_paths()["stdlib"])
     texts, total = [], 0
-    for name in stdlib_files(root):
+    for name in python_files(root):
         data = (root / name).read_bytes()
         if total + len(data) <= size and data:
             texts.append(data.decode("utf-8", "ignore").encode())

@@ -1,4 +1,5 @@
-"""Texts on disk -> documents of a training and a held-out side: the standard library, a folder, a file, parquet.
+"""Texts on disk -> documents of a training and a held-out side: the standard library, that and all installed packages,
+a folder, a file, parquet.
 
 A document is bytes of UTF-8 without a byte 0. Which side a document is on depends on its name alone, so it stays when
 others come. Refused: a missing path, a folder without text, a parquet column that is not there or no text. Files that
@@ -7,14 +8,15 @@ are empty, binary or not UTF-8 are left out and reported, never silently.
 
 import hashlib
 import os
+import site
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from common.cli import UserError
 
-STDLIB_EXCLUDED = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3"})
+EXCLUDED = frozenset({"site-packages", "test", "tests", "idlelib", "lib2to3"})
 HELD_OUT_MODULUS = 20  # one document in twenty, 5%
 PARQUET_ROWS = 1024  # rows read at a time
 
@@ -58,25 +60,41 @@ class TextCorpus:
 
 
 def load_corpus(spec: str) -> TextCorpus:
-    """`stdlib` (the standard library of this interpreter) or the path of a folder or file (`./stdlib` is a path)."""
-    if spec == "stdlib":
+    """`stdlib` (the standard library of this interpreter), `python` (that, and the Python files of the packages that
+    are installed for it), or the path of a folder or file (`./stdlib` is a path)."""
+    if spec in ("stdlib", "python"):
         root = Path(sysconfig.get_paths()["stdlib"])
-        return build_corpus(spec, root, stdlib_files(root))
+        files = [(name, root / name) for name in python_files(root)]
+        if spec == "stdlib":
+            return build_corpus(spec, files)
+        return build_corpus(spec, files + package_files(map(Path, site.getsitepackages())), distinct=True)
     path = Path(spec)
     if not path.exists():
         raise ValueError(
-            f"corpus {spec!r} does not exist: expected 'stdlib', fineweb10B:N, hf:owner/name, or the path of a text "
-            f"file, of a folder of texts or of a folder of token shards"
+            f"corpus {spec!r} does not exist: expected 'stdlib', 'python', fineweb10B:N, hf:owner/name, or the path of "
+            f"a text file, of a folder of texts or of a folder of token shards"
         )
     if path.is_dir():
-        return build_corpus(spec, path, folder_files(path))
-    return build_corpus(spec, path.parent, [path.name])
+        return build_corpus(spec, [(name, path / name) for name in folder_files(path)])
+    return build_corpus(spec, [(path.name, path)])
 
 
-def stdlib_files(root: Path) -> list[str]:
-    """Posix relative paths of the stdlib corpus, sorted: every *.py outside the excluded folders."""
+def python_files(root: Path) -> list[str]:
+    """Posix relative paths, sorted: every *.py outside the excluded folders."""
     names = (path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    return sorted(name for name in names if not STDLIB_EXCLUDED & set(name.split("/")[:-1]))
+    return sorted(name for name in names if not EXCLUDED & set(name.split("/")[:-1]))
+
+
+def package_files(roots: Iterable[Path]) -> list[tuple[str, Path]]:
+    """Of the folders that packages are installed in, one after the other: names begin with `site-packages/`, in the
+    second folder with `site-packages-2/`, ... No name of the standard library does, so files of that are on the side
+    where corpus `stdlib` has them. `__editable__*.py` only says where on this machine a project lies."""
+    found = []
+    for number, root in enumerate((root for root in roots if root.is_dir()), start=1):
+        prefix = "site-packages" + (f"-{number}" if number > 1 else "")
+        names = [name for name in python_files(root) if not name.startswith("__editable__")]
+        found += [(f"{prefix}/{name}", root / name) for name in names]
+    return found
 
 
 def folder_files(root: Path) -> list[str]:
@@ -88,10 +106,16 @@ def folder_files(root: Path) -> list[str]:
     return sorted(names)
 
 
-def build_corpus(spec: str, root: Path, names: list[str]) -> TextCorpus:
-    texts, skipped = {}, []
-    for name in names:
-        text, reason = read_text(root / name)
+def build_corpus(spec: str, files: Iterable[tuple[str, Path]], *, distinct: bool = False) -> TextCorpus:
+    """Of (name, path) each. `distinct`: a file with the bytes of an earlier one is left out, or the held-out side could
+    be learnt by heart."""
+    texts, skipped, seen = {}, [], set()
+    for name, path in files:
+        text, reason = read_text(path)
+        if distinct and not reason:
+            known = len(seen)
+            seen.add(hashlib.sha256(text).digest())
+            reason = "duplicate" if len(seen) == known else ""
         if reason:
             skipped.append((name, reason))
         else:

@@ -47,11 +47,11 @@ def load_data(
 ) -> TokenData:
     """The data that `corpus` names, in the tokens of `tokenizer`; all ranks of a machine may call it together.
 
-    corpus: `stdlib`, the path of a text file or folder of texts (tokenised here, in memory), the path of a folder of
-    token shards, `fineweb10B:N` (N training shards, fetched to root), `hf:owner/name[:config[:split[:column]]]`
-    (fetched and tokenised into shards below root on first use). tokenizer: `bytes`, `bpe:N` (trained on the training
-    side), a path, or `auto`: bpe:2048 for text, for shards their own. Raises ValueError for what is not there, is no
-    text, or does not fit together; UserError when a download fails.
+    corpus: `stdlib`, `python`, the path of a text file or folder of texts (tokenised here, in memory), the path of a
+    folder of token shards, `fineweb10B:N` (N training shards, fetched to root),
+    `hf:owner/name[:config[:split[:column]]]` (fetched and tokenised into shards below root on first use). tokenizer:
+    `bytes`, `bpe:N` (trained on the training side), a path, or `auto`: bpe:2048 for text, for shards their own. Raises
+    ValueError for what is not there, is no text, or does not fit together; UserError when a download fails.
     """
     if corpus.startswith("fineweb10B"):
         return _fineweb(corpus, tokenizer, root, endpoint)

@@ -1,8 +1,9 @@
 """Files from the web, whole or not at all: resumed after a break, tried again a bounded number of times, checked.
 
-`download` fetches one file; `fineweb10b` and `parquet_files` know data sets of the Hugging Face hub. A file in the
-making is called `<name>.part` and survives an interruption. Refused: an answer shorter than announced under the
-final name, two versions of a file glued together, a length or digest other than the expected one.
+`download` fetches one file; `fineweb10b` and `parquet_files` know data sets of the Hugging Face hub, and
+`python -m minigpt.download --shards 5` fetches FineWeb, also for a machine that has no network. A file in the making is
+called `<name>.part` and survives an interruption. Refused: an answer shorter than announced under the final name, two
+versions of a file glued together, a length or digest other than the expected one.
 """
 
 import contextlib
@@ -18,9 +19,11 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from common import cli
 from common.cli import UserError
 from common.log import atomic_write
 
@@ -292,3 +295,22 @@ def parquet_files(addresses: list[str], folder: Path) -> list[Path]:
     for number, (address, path) in enumerate(zip(addresses, paths, strict=True), start=1):
         download(address, path, progress=show_progress(f"{path} ({number} of {len(paths)})"))
     return paths
+
+
+@dataclass(frozen=True, slots=True)
+class DownloadConfig:
+    shards: int = field(
+        default=1, metadata={"help": f"training shards of FineWeb-10B, 200 MB each, {FINEWEB_SHARDS} at most"}
+    )
+    folder: Path = field(default=Path("data/fineweb10B"), metadata={"help": "where corpus fineweb10B:N looks for them"})
+    endpoint: str = field(default_factory=endpoint_from_env, metadata={"help": "address of the Hugging Face hub"})
+
+
+def main() -> None:
+    config = cli.parse(DownloadConfig, prog=cli.program(), description="fetch FineWeb in GPT-2 tokens")
+    train, held_out = fineweb10b(config.shards, config.folder, endpoint=config.endpoint)
+    print(f"{config.folder}: {len(train)} training shards and {held_out.name}: --corpus fineweb10B:{len(train)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -261,7 +261,7 @@ def prepare_dataset(spec: str, tokenizer: str, root: Path, endpoint: str) -> Pat
 @dataclass(frozen=True, slots=True)
 class PrepareConfig:
     corpus: str = field(
-        metadata={"help": "'stdlib', a text file or folder, or hf:owner/name[:config[:split[:column]]]"}
+        metadata={"help": "'stdlib', 'python', a text file or folder, or hf:owner/name[:config[:split[:column]]]"}
     )
     out: Path = field(metadata={"help": "folder of the shards"})
     tokenizer: str = field(default=AUTO_TOKENIZER, metadata={"help": "'bytes', bpe:N, or the path of a tokenizer"})

@@ -21,7 +21,7 @@ def option(default: Any, help: str) -> Any:
 class TrainConfig:
     folder: Path = field(default=Path("runs/minigpt"), metadata={"help": "folder of this run"})
     resume: bool = option(False, "continue the run in that folder from its newest checkpoint")
-    corpus: str = option("stdlib", "'stdlib', a text folder or file, a folder of shards, fineweb10B:N, hf:owner/name")
+    corpus: str = option("stdlib", "'stdlib', 'python', a text folder or file, shards, fineweb10B:N, hf:owner/name")
     tokenizer: str = option("auto", "'bytes', 'bpe:N', a path, or 'auto': bpe:2048 for text, shards bring theirs")
     # the model
     layers: int = option(4, "transformer blocks")

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from typing import Literal
 
 from minigpt.train_config import TrainConfig, option
+from speedrun.tracks import check_track
 
 
 @dataclass(frozen=True, slots=True)
 class RaceConfig(TrainConfig):
+    track: str = option("", "what is raced for: laptop, one-gpu or fineweb, see speedrun/tracks.py; empty for none")
     # the model
     zero_init: bool = option(True, "projections back into the stream and the head begin at zero")
     value_gate: bool = option(False, "value embeddings are scaled by the token, head by head")
@@ -53,6 +55,7 @@ class RaceConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         TrainConfig.__post_init__(self)
+        check_track(self.track, self.corpus, self.tokenizer, self.device)
         for name in ("untie_at", "mtp_until"):
             if not (0 <= getattr(self, name) <= 1):
                 raise ValueError(f"{name} {getattr(self, name)}: expected 0 to 1")

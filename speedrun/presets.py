@@ -1,40 +1,149 @@
-"""The recipes of the main job, one for each kind of machine, and the choice among them.
+"""The recipes of the main job, by track, and the choice among them.
 
-Steps are fixed, not timed, so that an interrupted run and an uninterrupted one end in the same place; `cpu` is sized
-for less than five minutes of training on two cores, the time of compiling included. `gpu` and `gpus` have not run on a
-GPU yet.
+Steps are fixed, not timed, so that an interrupted run and an uninterrupted one end in the same place. `accumulate` of a
+recipe is for one rank; more ranks share the same batch and so take that much fewer parts. Of every track there are two
+baselines in its own size, text and tokens: `nanogpt` and `record21`. Recipes for GPUs have not run on one yet.
 """
 
+import argparse
+import math
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from minigpt import bpe_native
-from speedrun.config import RaceConfig
+import torch
 
-CPU = RaceConfig(
-    folder=Path("runs/speedrun"), tokenizer="bpe:4096", layers=4, width=192, heads=2, kv_heads=2, mlp="swiglu",
-    mlp_width=512, value_embeddings=True, rope_base=100.0, softcap=15.0, context=128, eval_stride=64, batch=16,
-    steps=900, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1, head_lr=0.01, gain_lr=0.01, beta2=0.99,
-    eval_every=100, eval_windows=256, checkpoint_every=100, compile=True,
+from minigpt import bpe_native
+from minigpt.train import configured
+from speedrun.config import RaceConfig
+from speedrun.tracks import TRACKS, is_on
+
+LAPTOP = RaceConfig(
+    track="laptop", device="cpu", folder=Path("runs/speedrun"), tokenizer="bpe:4096", layers=4, width=192, heads=2,
+    kv_heads=2, mlp="swiglu", mlp_width=512, value_embeddings=True, rope_base=100.0, softcap=15.0, context=128,
+    eval_stride=64, batch=16, steps=900, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1, head_lr=0.01,
+    gain_lr=0.01, beta2=0.99, eval_every=100, eval_windows=256, checkpoint_every=100, compile=True,
 )  # fmt: skip
-GPU = replace(
-    CPU, tokenizer="bpe:8192", layers=8, width=512, heads=4, kv_heads=4, mlp_width=1408, rope_base=10_000.0,
-    context=1024, eval_stride=512, batch=32, steps=1500, beta2=0.95, checkpoint_every=250,
-)  # fmt: skip
-PRESETS = {
-    "cpu": CPU,
-    "cpu-eager": replace(CPU, compile=False, steps=600),
-    "gpu": GPU,
-    "gpus": replace(GPU, batch=64, steps=1000, clip=0.0),
-    "smoke": replace(
-        CPU, folder=Path("runs/smoke"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64, context=64, batch=4,
-        eval_stride=64, steps=40, warmup=5, eval_every=10, eval_windows=16, checkpoint_every=10, compile=False,
-        clip=0.0,
-    ),
+
+# The record's optimizer: NorMuon with cautious decay, momentum that warms up, Adam that forgets faster.
+FORGETFUL = {
+    "muon_lr": 0.023, "normuon": 0.9, "muon_decay": 0.028, "cautious": True, "momentum_start": 0.85,
+    "momentum_warmup": 300, "beta1": 0.8, "beta2": 0.95, "eps": 1e-10, "head_lr": 0.008, "cooldown": 0.6, "clip": 0.0,
 }  # fmt: skip
+ONE_GPU = replace(
+    LAPTOP, **FORGETFUL, track="one-gpu", device="auto", folder=Path("runs/one-gpu"), corpus="python",
+    tokenizer="bpe:16384", layers=8, width=768, heads=6, kv_heads=6, mlp="relu2", mlp_width=3072, value_gate=True,
+    attention_gate=True, x0_skip=True, backout=True, smear=True, rope_base=1024.0, context=1024, eval_stride=512,
+    batch=64, accumulate=1, steps=1500, floor=0.1, eval_every=250, checkpoint_every=500, attention="auto",
+    kernels="auto",
+)  # fmt: skip
+FINEWEB = replace(
+    ONE_GPU, track="fineweb", folder=Path("runs/fineweb"), corpus="fineweb10B:5", tokenizer="auto", layers=12,
+    bigrams=251_520, tied=True, untie_at=0.67, context=2048, contexts="1024,2048,2048", eval_stride=1024, batch=64,
+    batches="64,128,192", accumulate=16, windows="128,384,768", window_pattern="SSSL", yarn=True, mtp="1,0.5,0.25",
+    mtp_until=0.67, steps=1500, floor=0.15, documents=True,
+)  # fmt: skip
+
+# What nanoGPT trains: GPT-2 without biases, AdamW at one rate for everything, a cosine. Small models at its rates for
+# small models, from its own character-level example.
+NANOGPT = {
+    "positions": "learned", "norm": "layernorm", "mlp": "gelu", "qk_norm": False, "tied": True, "softcap": 0.0,
+    "value_embeddings": False, "value_gate": False, "attention_gate": False, "x0_skip": False, "backout": False,
+    "smear": False, "bigrams": 0, "zero_init": False, "documents": False, "untie_at": 0.0, "optimizer": "adamw",
+    "embedding_lr": 0.0,
+    "head_lr": 0.0, "gain_lr": 0.0, "beta1": 0.9, "eps": 1e-8, "weight_decay": 0.1, "embedding_decay": 0.1,
+    "cautious": False, "schedule": "cosine", "floor": 0.1, "clip": 1.0, "batches": "", "contexts": "", "windows": "",
+    "yarn": False, "mtp": "", "momentum_start": 0.0, "normuon": 0.0, "muon_decay": 0.0, "attention": "torch",
+    "kernels": "torch",
+}  # fmt: skip
+SMALL = {"learning_rate": 1e-3, "beta2": 0.99, "warmup": 100}
+LARGE = {"learning_rate": 6e-4, "beta2": 0.95}
+
+# modded-nanogpt's record 21, as far as there are switches: its layer without attention and its three tables of value
+# embeddings, each for two layers, are not.
+RECORD21 = {
+    "mlp": "relu2", "value_embeddings": True, "value_gate": False, "attention_gate": False, "x0_skip": True,
+    "unet_skips": True, "backout": False, "smear": False, "bigrams": 0, "tied": False, "untie_at": 0.0,
+    "rope_base": 1024.0, "softcap": 15.0, "muon_lr": 0.05, "momentum": 0.95, "momentum_start": 0.85, "normuon": 0.0,
+    "muon_decay": 0.0, "embedding_lr": 0.6, "head_lr": 0.008, "gain_lr": 0.04, "beta1": 0.8, "beta2": 0.95,
+    "eps": 1e-10, "warmup": 0, "cooldown": 0.4, "floor": 0.1, "clip": 0.0, "batches": "", "contexts": "",
+    "windows": "", "yarn": False, "mtp": "",
+}  # fmt: skip
+
+ON_TRACK = {
+    "laptop": {
+        "laptop": LAPTOP,
+        "laptop-15": replace(
+            LAPTOP, folder=Path("runs/laptop-15"), width=256, mlp_width=704, steps=1700, checkpoint_every=200
+        ),
+        "laptop-short": replace(
+            LAPTOP, folder=Path("runs/laptop-short"), tokenizer="bpe:2048", layers=3, width=128, mlp_width=384,
+            steps=400, compile=False, clip=0.0,
+        ),
+        "laptop-eager": replace(LAPTOP, steps=600, compile=False),
+        "nanogpt": replace(LAPTOP, **NANOGPT, **SMALL, folder=Path("runs/nanogpt"), heads=3, kv_heads=3, mlp_width=768),
+        "record21": replace(LAPTOP, **RECORD21, folder=Path("runs/record21"), momentum_warmup=150, mlp_width=768),
+    },
+    "one-gpu": {
+        "one-gpu": ONE_GPU,
+        "nanogpt": replace(
+            ONE_GPU, **NANOGPT, **LARGE, folder=Path("runs/nanogpt-one-gpu"), warmup=100, heads=12, kv_heads=12
+        ),
+        "record21": replace(ONE_GPU, **RECORD21, folder=Path("runs/record21-one-gpu"), momentum_warmup=250),
+    },
+    "fineweb": {
+        "fineweb": FINEWEB,
+        # As many tokens as llm.c needs with it, the ladder's first record.
+        "nanogpt": replace(
+            FINEWEB, **NANOGPT, **LARGE, folder=Path("runs/nanogpt-fineweb"), corpus="fineweb10B:103", warmup=700,
+            heads=12, kv_heads=12, context=1024, batch=512, accumulate=16, steps=19_560,
+        ),
+        "record21": replace(
+            FINEWEB, **(RECORD21 | {"windows": "128,640,1152,1792"}), folder=Path("runs/record21-fineweb"),
+            corpus="fineweb10B:8", batch=192, window_pattern="LSSSLSSLSSSL", steps=1770,
+        ),
+    },
+}  # fmt: skip
+SMOKE = replace(
+    LAPTOP, track="", device="auto", folder=Path("runs/smoke"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64,
+    context=64, batch=4, eval_stride=64, steps=40, warmup=5, eval_every=10, eval_windows=16, checkpoint_every=10,
+    compile=False, clip=0.0,
+)  # fmt: skip
+PRESETS = ON_TRACK["fineweb"] | ON_TRACK["one-gpu"] | ON_TRACK["laptop"] | {"smoke": SMOKE}  # baselines: the laptop's
+
+
+def from_command_line(argv: Sequence[str] | None = None) -> RaceConfig:
+    """The config that the flags describe, by default this process's. Without --preset it is the one for --track and
+    for the machine; on torchrun's ranks its parts are shared among them."""
+    argv = sys.argv[1:] if argv is None else argv
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--track", "--corpus", "--device"):
+        early.add_argument(flag, default="", nargs="?", const="")  # what lacks its value, the whole parser refuses
+    asked = early.parse_known_args(argv)[0]
+    ranks = os.environ.get("WORLD_SIZE", "1")  # common.dist checks it
+    chosen = presets(asked.track, int(ranks) if ranks.isdecimal() and int(ranks) else 1, asked.corpus)
+    cuda = asked.device != "cpu" and torch.cuda.is_available()
+    return configured(argv, presets=chosen, default_preset=choose_preset(asked.track, cuda, has_compiler()))
+
+
+def presets(track: str = "", ranks: int = 1, corpus: str = "") -> dict[str, RaceConfig]:
+    """Those of a track, "" for all, on so many ranks. With another corpus than its track's a preset is on none, unless
+    a track was asked for."""
+    chosen = ON_TRACK.get(track, PRESETS)
+    if corpus and not track:
+        chosen = {
+            name: preset if not preset.track or is_on(TRACKS[preset.track], corpus) else replace(preset, track="")
+            for name, preset in chosen.items()
+        }
+    return {name: over(preset, ranks) for name, preset in chosen.items()}
+
+
+def over(preset: RaceConfig, ranks: int) -> RaceConfig:
+    """The same batch on so many ranks: together they take as many parts as one would, where that is possible."""
+    return replace(preset, accumulate=preset.accumulate // math.gcd(preset.accumulate, ranks))
 
 
 def has_compiler() -> bool:
@@ -44,8 +153,11 @@ def has_compiler() -> bool:
     return bpe_native.built() and shutil.which(name) is not None
 
 
-def choose_preset(cuda: bool, several: bool, compiler: bool) -> str:
-    """The preset for a machine with or without CUDA and a C++ compiler, in a world of one rank or of several."""
-    if not cuda:
-        return "cpu" if compiler else "cpu-eager"
-    return "gpus" if several else "gpu"
+def choose_preset(track: str, cuda: bool, compiler: bool) -> str:
+    """The preset for a track, where "" is the one for a machine with or without CUDA; without CUDA a C++ compiler
+    matters."""
+    if track in ("one-gpu", "fineweb"):
+        return track
+    if cuda and not track:
+        return "one-gpu"
+    return "laptop" if compiler else "laptop-eager"

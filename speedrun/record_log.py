@@ -2,7 +2,7 @@
 
 Every line ends in a link, the SHA-256 of the line and of the link before it, so whoever changes a number breaks the
 chain there. The first line has the digest of the program's own source, config, data, machine. Refused: lines without
-their link, out of order, or cut off; numbers that contradict each other.
+their link, out of order, or cut off; numbers that contradict each other. speedrun/logbook.py makes such a log.
 """
 
 import hashlib
@@ -16,6 +16,7 @@ from typing import Any
 from common.log import atomic_write, jsonable
 
 FORMAT = "groundup race 1"
+NAME = "race.jsonl"  # in the folder of a run
 ROOT = Path(__file__).resolve().parent.parent
 DEPTH = 200  # of the continued fraction
 STAGES = ("common", "minigpt", "cuda", "parallel", "speedrun")  # whose code a race runs
@@ -23,9 +24,9 @@ STAGES = ("common", "minigpt", "cuda", "parallel", "speedrun")  # whose code a r
 
 @dataclass(frozen=True, slots=True)
 class RaceLog:
-    about: dict[str, Any]  # format, track, config, data_digest, source, versions, device, ...
+    about: dict[str, Any]  # track, config, data_digest, sources, sittings, machine, ...; see logbook.about
     steps: list[dict[str, Any]]  # step, loss, seconds, and what a look at held-out text found
-    result: dict[str, Any]  # bits_per_byte, train_seconds, steps, tokens, ...
+    result: dict[str, Any]  # bits_per_byte, train_seconds, steps, tokens, ...; see logbook.result
 
 
 def write_log(path: Path, log: RaceLog) -> None:
@@ -45,58 +46,106 @@ def linked(before: str, text: str) -> str:
 
 
 def read_log(path: Path) -> RaceLog:
-    """Raises ValueError naming file and line where the log is not what was written."""
-    rows, link = [], ""
-    lines = Path(path).read_text().splitlines() if Path(path).is_file() else []
-    if len(lines) < 3:
-        raise ValueError(f"{path}: {len(lines)} lines: expected the log of a race, with at least one step")
-    for number, line in enumerate(lines, start=1):
-        text, mark, end = line.rpartition(', "link": "')
-        link = linked(link, f"{text}}}")
-        if not mark or end != f'{link}"}}':
-            raise ValueError(f"{path}, line {number}: changed, or the one before it is gone: its link does not fit")
-        rows.append(json.loads(f"{text}}}"))
-    about, *steps, result = rows
-    if about.pop("format", None) != FORMAT:
-        raise ValueError(f"{path}, line 1: expected the format {FORMAT!r}")
-    log = RaceLog(about, steps, result)
+    """Raises ValueError naming file and line where the log is not what was written, or contradicts itself."""
+    log = read_chain(path)
     if faults := contradictions(log):
         raise ValueError(f"{path}: {'; '.join(faults)}")
     return log
 
 
+def read_chain(path: Path) -> RaceLog:
+    """The log as it stands, whatever its numbers say. Raises ValueError naming file and line of the first broken link.
+
+    Any change, removal, or exchange of lines breaks the chain; whoever makes all links anew after it does not.
+    """
+    path = Path(path)
+    # Bytes, and only the newline that was written: other ways to read lines overlook a changed line end.
+    *lines, rest = path.read_bytes().split(b"\n") if path.is_file() else [b""]
+    if len(lines) < 3:
+        raise ValueError(f"{path}: {len(lines)} whole lines: expected the log of a race, with at least one step")
+    rows, link = [], ""
+    for number, line in enumerate(lines, start=1):
+        text, mark, end = line.decode(errors="replace").rpartition(', "link": "')
+        link = linked(link, f"{text}}}")
+        if not mark or end != f'{link}"}}':
+            raise ValueError(f"{path}, line {number}: changed, or the one before it is gone: its link does not fit")
+        rows.append(json.loads(f"{text}}}"))
+    if rest:
+        raise ValueError(f"{path}, line {len(lines) + 1}: changed, or cut off: expected the end of the log")
+    about, *steps, result = rows
+    if about.pop("format", None) != FORMAT:
+        raise ValueError(f"{path}, line 1: expected the format {FORMAT!r}")
+    if any("step" not in row for row in steps) or "steps" not in result:
+        raise ValueError(f"{path}: expected a step in each line but the first and the last, which has the result")
+    return RaceLog(about, steps, result)
+
+
 def contradictions(log: RaceLog) -> list[str]:
-    """What cannot be of one run."""
-    faults, steps = [], [row.get("step") for row in log.steps]
-    if steps != list(range(1, len(steps) + 1)):
-        odd = next(i for i, step in enumerate(steps, start=1) if step != i)
-        faults.append(f"step {steps[odd - 1]} in the place of step {odd}")
-    if log.result.get("steps") != len(steps):
-        faults.append(f"a result after {log.result.get('steps')} steps, {len(steps)} of them in the log")
-    seconds = math.fsum(row.get("seconds", math.nan) for row in log.steps)
-    told = log.result.get("train_seconds", math.nan)
+    """What cannot be of one run, each with its line and field; by the log's own numbers alone."""
+    steps, result, end = log.steps, log.result, f"line {len(log.steps) + 2}"
+    faults = [
+        f"line {line}, step: step {row.get('step')} in the place of step {line - 1}"
+        for line, row in enumerate(steps, start=2)
+        if row.get("step") != line - 1
+    ][:1]
+    if result.get("steps") != len(steps):
+        faults.append(f"{end}, steps: a result after {result.get('steps')} steps, {len(steps)} of them in the log")
+    for line, row in enumerate(steps, start=2):
+        faults += [f"line {line}, {text}" for text in strange(row)]
+    seconds, told = math.fsum(number(row, "seconds") for row in steps), number(result, "train_seconds")
     if not abs(seconds - told) <= 1e-6 * max(1.0, abs(seconds)):
-        faults.append(f"train_seconds {told}, while the steps took {seconds}")
-    wrong = [row["step"] for row in log.steps if not (row.get("seconds", -1) >= 0)]
-    if wrong:
-        faults.append(f"step {wrong[0]} took no time or less")
-    last = log.steps[-1].get("held_out_bits_per_byte") if log.steps else None
-    if last != log.result.get("bits_per_byte"):
-        faults.append(f"bits_per_byte {log.result.get('bits_per_byte')}, while the last step found {last}")
+        faults.append(f"{end}, train_seconds: train_seconds {told}, while the steps took {seconds}")
+    last = steps[-1].get("held_out_bits_per_byte") if steps else None
+    if last is None or last != result.get("bits_per_byte"):
+        reached = result.get("bits_per_byte")
+        faults.append(f"{end}, bits_per_byte: bits_per_byte {reached}, while the last step found {last}")
     return faults
+
+
+def strange(row: Mapping[str, Any]) -> list[str]:
+    """What no step of a run can say: "field: why"."""
+    faults = []
+    if not number(row, "seconds") > 0:
+        faults.append(f"seconds: step {row.get('step')} took no time or less, {row.get('seconds')}")
+    for name in ("loss", "train_bits_per_byte", "held_out_look", "held_out_bits_per_byte"):
+        if (name in row or name == "loss") and not (0 <= number(row, name) < math.inf):
+            faults.append(f"{name}: {row.get(name)} at step {row.get('step')}, expected a finite number of at least 0")
+    return faults
+
+
+def number(row: Mapping[str, Any], name: str) -> float:
+    """The value as a float, finite; nan where it is missing or anything else."""
+    value = row.get(name)
+    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if plain else math.nan
+
+
+def seconds_to(target: float, steps: Sequence[Mapping[str, Any]]) -> float | None:
+    """Seconds on the clock at the first step after which held-out text was at or below the target, in bits per byte.
+
+    Not interpolated: the time is that of the whole step that was looked at. A look on the way sees some windows of the
+    held-out text, the last one all of it. None where no look was as low.
+    """
+    clock = 0.0
+    for row in steps:
+        clock += row["seconds"]
+        if row.get("held_out_look", math.inf) <= target or row.get("held_out_bits_per_byte", math.inf) <= target:
+            return clock
+    return None
 
 
 # ---- the program's own source ----------------------------------------------------------------------------------------
 
 
+def is_source(path: Path) -> bool:
+    """Whether a path from the root is code of a stage that a race runs."""
+    return path.parts[0] in STAGES and path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h")
+
+
 def source_files(root: Path = ROOT) -> list[Path]:
     """All code of the stages that a race runs, sorted."""
-    return sorted(
-        path
-        for stage in STAGES
-        for path in (root / stage).rglob("*")
-        if path.suffix in (".py", ".cu", ".cuh", ".cpp", ".h") and path.is_file()
-    )
+    paths = (path for stage in STAGES for path in (root / stage).rglob("*"))
+    return sorted(path for path in paths if is_source(path.relative_to(root)) and path.is_file())
 
 
 def source_digests(root: Path = ROOT) -> dict[str, str]:

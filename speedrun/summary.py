@@ -90,7 +90,8 @@ def as_lines(summary: dict[str, Any], config: RaceConfig) -> str:
             f"{format_duration(s['wall_seconds'])}",
             f"speed          {s['tokens_per_s']:,.0f} tokens/s, {s['flops'] / 1e9:,.1f} GFLOP/s, {s['of_peak']:.1%} "
             f"of the GEMM peak measured here, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s{ranks}",
-            "files          " + "  ".join(str(config.folder / name) for name in ("loss.png", "metrics.jsonl", FOLDER)),
+            "files          "
+            + "  ".join(str(config.folder / name) for name in ("report.html", "loss.png", "metrics.jsonl", FOLDER)),
         ]
     )
 

@@ -10,7 +10,6 @@ Shapes: B rows of this rank, T tokens in each, V vocabulary.
 """
 
 import math
-import os
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,6 +17,7 @@ from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,19 +28,21 @@ from common.dist import World, finish, init_from_env
 from common.log import RunLog
 from minigpt.batches import Prefetcher, batch, check_length, held_out_windows, rank_rows
 from minigpt.checkpoint import TOKENIZER, load_checkpoint
-from minigpt.data import load_data
 from minigpt.download import endpoint_from_env
 from minigpt.evaluate import score, spread, to_bits_per_byte
 from minigpt.optim import group_names
-from minigpt.train import configured, interruptible, measured_peak, memory, refuse_existing, reproducible
+from minigpt.train import interruptible, measured_peak, memory, refuse_existing, reproducible
 from minigpt.trainer import choose_dtype
 from parallel.comm import make_comm
 from parallel.mesh import Layout, Mesh
+from speedrun import dashboard, report, tracks
 from speedrun.config import RaceConfig
 from speedrun.documents import DocumentRows, documents_of
+from speedrun.fits import check_machine, check_memory, free_memory
+from speedrun.logbook import begin_sitting, finish_log
 from speedrun.model import build, race_loss, stretch, untie
 from speedrun.optim import Muon, Rows
-from speedrun.presets import PRESETS, choose_preset, has_compiler
+from speedrun.presets import from_command_line
 from speedrun.schedule import Plan, plan
 from speedrun.state import Run, load, optimizers, save
 from speedrun.summary import as_lines, sample, summarise
@@ -55,11 +57,14 @@ REHEARSED = 8  # steps of each kind, to fit a run to its minutes
 def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
     """A run at its first step, or at the one that its newest checkpoint holds; and what there is to say about it."""
     check(config, world)
+    check_machine(config.track, world)
     if not config.resume:
         refuse_existing(config.folder)
-    data = load_data(config.corpus, config.tokenizer, endpoint=endpoint_from_env())
+    data = tracks.load(config.corpus, config.tokenizer, config.track, endpoint_from_env())
     check_length(data.train, config.context)
     documents = DocumentRows(data.train, data.tokenizer.separator) if config.documents else None
+    half = choose_dtype(config.dtype, world.device) == torch.bfloat16
+    check_memory(config, data.tokenizer.vocab_size, world.world_size, free_memory(world.device), half)
     comm = make_comm(Mesh(Layout(dp=world.world_size), world.rank, world.world_size).group("dp"))
     model = build(config, data.tokenizer.vocab_size).to(world.device)
     lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
@@ -127,6 +132,9 @@ def check(config: RaceConfig, world: World) -> None:
 def make_optimizers(run: Run) -> None:
     """Muon for the matrices of the blocks, AdamW for the rest; each group keeps its peak as `peak_lr`."""
     config, names, parameters = run.config, group_names(run.model), dict(run.model.named_parameters())
+    if run.model.config.tied:  # it is drawn like a head, and has a head's rate
+        names["embedding"].remove("embedding.weight")
+        names["head"].append("embedding.weight")
     matrices = [parameters[name] for name in names["matrices"]]
     if config.bf16_weights:
         for p in matrices:
@@ -248,7 +256,8 @@ def wait_for(device: torch.device) -> None:
 def loop(run: Run, notes: list[str]) -> None:
     """The steps that are left."""
     config, world = run.config, run.world
-    log = RunLog(config.folder, config, total_steps=config.steps, start_step=run.step, enabled=world.rank == 0)
+    watch = {"enabled": world.rank == 0, "view": dashboard.view(run, config.track) if world.rank == 0 else None}
+    log = RunLog(config.folder, config, total_steps=config.steps, start_step=run.step, **watch)
     peak = 1e12 * config.peak_tflops or measured_peak(str(run.dtype).removeprefix("torch."), world.device)
     read_every = 1 if world.device.type == "cpu" else READ_EVERY
     steady = reproducible(config.compile and world.device.type == "cpu")
@@ -272,9 +281,10 @@ def loop(run: Run, notes: list[str]) -> None:
             if not (last or look or due or len(unread) == read_every):
                 continue
             wait_for(world.device)
-            found, stop = read(run, log, unread, time.perf_counter() - began, peak, interrupted())
+            found, shown, stop = read(run, log, unread, time.perf_counter() - began, peak, interrupted())
             found |= evaluate(run) if last or look else {}
             log.metrics(run.step, **found)
+            log.progress(run.step, **shown)
             if due or stop:
                 save(run)
             if stop and not last:
@@ -286,9 +296,9 @@ def loop(run: Run, notes: list[str]) -> None:
 
 def read(
     run: Run, log: RunLog, unread: list[tuple[Plan, Tensor]], seconds: float, peak: float, stop: bool
-) -> tuple[dict[str, float], bool]:
+) -> tuple[dict[str, float], dict[str, Any], bool]:
     """Reads the losses of the last steps, which waits for a GPU, and files them, but for the metrics of the last one;
-    whether any rank wants to stop."""
+    those, what to show of it, whether any rank wants to stop."""
     values = torch.stack([*(pair for _, pair in unread), torch.full_like(unread[0][1], float(stop))]).double()
     run.comm.all_reduce(values, "mean", tag="losses")
     *pairs, (stops, _) = values.tolist()
@@ -304,8 +314,7 @@ def read(
         if number < run.step:
             log.metrics(number, **metrics)
         log.timing(number, step_ms=1e3 * each, tokens_per_s=speed, mfu=mfu, memory_bytes=memory(run.world.device))
-        log.progress(number, loss=loss, tokens_per_s=round(speed), mfu=f"{mfu:.0%}")
-    return metrics, stops > 0
+    return metrics, {"loss": loss, "tokens_per_s": round(speed), "mfu": f"{mfu:.0%}"}, stops > 0
 
 
 # ---- looking ----------------------------------------------------------------------------------------------
@@ -343,17 +352,15 @@ def race(config: RaceConfig, world: World) -> Run:
         config = fitted(config, world)
     run, notes = prepare(config, world)
     if run.step < config.steps:
+        begin_sitting(run)
         loop(run, notes)
+    finish_log(run)
     return run
 
 
 def main() -> None:
     began = time.perf_counter()
-    several = os.environ.get("WORLD_SIZE", "1") != "1"  # only to choose the preset; init_from_env checks it
-    asked = configured(None, presets=PRESETS, default_preset="cpu")  # for --device, which the choice needs
-    cuda = asked.device != "cpu" and torch.cuda.is_available()
-    default = choose_preset(cuda, several=several, compiler=has_compiler())
-    config = configured(None, presets=PRESETS, default_preset=default)
+    config = from_command_line()
     world = init_from_env(None if config.device == "auto" else config.device)
     try:
         run = race(config, world)
@@ -362,6 +369,7 @@ def main() -> None:
     if world.rank == 0:
         print(as_lines(summarise(run, time.perf_counter() - began), run.config))
         print(sample(run))
+        report.write([run.config.folder], run.config.folder / report.FILE)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def refused(main, arguments: list, monkeypatch, capsys) -> str:
 def test_an_unknown_flag_as_a_user_sees_it(tmp_path):
     code, out, err = run("minigpt.train", "--learning-speed", "1", "--folder", tmp_path / "run")
     assert (code, out) == (2, "") and not (tmp_path / "run").exists()
-    assert err == "minigpt.train: error: unrecognized arguments: --learning-speed 1\n"
+    assert err == "minigpt.train: error: unrecognized arguments: --learning-speed 1; did you mean --learning-rate?\n"
 
 
 @pytest.mark.parametrize(
@@ -53,7 +53,7 @@ def test_an_unknown_flag_as_a_user_sees_it(tmp_path):
         (["--learning", "1"], "unrecognized arguments: --learning"),
         (
             ["--corpus", "nowhere"],
-            "corpus 'nowhere' does not exist: expected 'stdlib', fineweb10B:N, hf:owner/name, or the path",
+            "corpus 'nowhere' does not exist: expected 'stdlib', 'python', fineweb10B:N, hf:owner/name, or the path",
         ),
         (["--corpus", "EMPTY"], "holds no text: expected at least one UTF-8 file, found no files at all"),
         (["--corpus", "BINARY"], "holds no text: expected at least one UTF-8 file, found x.bin (binary)"),

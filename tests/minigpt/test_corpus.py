@@ -106,7 +106,7 @@ def test_a_folder_without_text_is_refused(tmp_path, files, message):
 
 
 def test_a_missing_path_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="nowhere' does not exist: expected 'stdlib', fineweb10B:N"):
+    with pytest.raises(ValueError, match="nowhere' does not exist: expected 'stdlib', 'python', fineweb10B:N"):
         load_corpus(str(tmp_path / "nowhere"))
 
 

@@ -13,9 +13,8 @@ import pytest
 import torch
 
 from minigpt.checkpoint import load_checkpoint
-from minigpt.model import GPT
 from speedrun import summary
-from speedrun.presets import PRESETS, choose_preset
+from speedrun.presets import PRESETS
 from speedrun.record import RecordConfig, record
 from tests.minigpt.programs import run, send_after, start
 
@@ -140,18 +139,6 @@ def test_compressors_are_computed():
     assert values["xz -9e"] == 8 * len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)) / len(text)
     assert values["bz2 -9"] == 8 * len(bz2.compress(text, 9)) / len(text)
     assert values["zlib -9"] == 8 * len(zlib.compress(text, 9)) / len(text)
-
-
-@pytest.mark.parametrize(
-    ("cuda", "several", "compiler", "name"),
-    [
-        (False, False, True, "cpu"), (False, True, True, "cpu"), (False, False, False, "cpu-eager"),
-        (True, False, True, "gpu"), (True, True, False, "gpus"),
-    ],
-)  # fmt: skip
-def test_the_preset_fits_the_hardware(cuda, several, compiler, name):
-    assert choose_preset(cuda, several, compiler) == name
-    GPT(PRESETS[name].model_config(512))
 
 
 def test_a_finished_run_is_filed_under_results(alone, tmp_path):
