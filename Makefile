@@ -95,8 +95,10 @@ gpu: native
 	$(RUN) -m minigpt.bench --device cuda --rounds 7 --out $(OUT)
 	$(RUN) -m parallel.bench --device cuda --rounds 7 --out $(OUT)
 	$(RUN) -m lora.bench --device cuda --out $(OUT)
-	rm -rf build/speedrun
-	$(RUN) -m speedrun.train --preset one-gpu --device cuda --folder build/speedrun
+	$(RUN) -m speedrun.winners --measured $(OUT)
+	rm -rf build/speedrun build/speedrun-torch
+	$(RUN) -m speedrun.train --preset one-gpu --steps 150 --attention torch --kernels torch --folder build/speedrun-torch
+	$(RUN) -m speedrun.train --preset one-gpu --steps 600 --measured $(OUT) --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)
 
 # The kernels' GPU tests under NVIDIA's own checks, which take long: what the model finds, and what it cannot.

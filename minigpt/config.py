@@ -87,9 +87,10 @@ class GPTConfig:
         """Channels of one head."""
         return self.head_width or self.width // self.heads
 
-    def window_of(self, layer: int) -> int:
-        """How many tokens this layer sees, its own among them; 0 for all."""
-        return self.window if self.window_pattern[layer % len(self.window_pattern)] == "S" else 0
+    def window_of(self, layer: int, window: int | None = None) -> int:
+        """How many tokens this layer sees, its own among them; 0 for all. `window` may stand in for the config's."""
+        slides = self.window_pattern[layer % len(self.window_pattern)] == "S"
+        return (self.window if window is None else window) if slides else 0
 
     @property
     def extras(self) -> list[str]:

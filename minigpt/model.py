@@ -11,7 +11,6 @@ V vocabulary.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -167,7 +166,7 @@ class Attention(nn.Module):
             q_BHTK, k_BGTK = self.rotary_fn(q_BHTK, *cos_sin), self.rotary_fn(k_BGTK, *cos_sin)
         if sight.cache is not None:
             k_BGTK, v_BGTK = sight.cache.append(self.layer, sight.positions_BT, k_BGTK, v_BGTK)
-        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[sight.config.window_of(self.layer)])
+        y_BHTK = self.attention_fn(q_BHTK, k_BGTK, v_BGTK, **sight.rules[sight.windows[self.layer]])
         y_BTHK = y_BHTK.transpose(1, 2)
         if self.config.attention_gate:
             y_BTHK = gate(x_BTC, self.attention_gate)[..., None] * y_BTHK
@@ -192,11 +191,13 @@ class Sight:
         cache: KVCache | None = None,
         separator: int | None = None,
         documents: Documents | None = None,
+        window: int | None = None,
     ):
         self.tokens_BT, self.positions_BT, self.cache, self.separator = tokens_BT, positions_BT, cache, separator
-        self.config, self.documents = config, documents
+        self.documents = documents
         self.cos_sin: tuple[Tensor, Tensor] | None = None
-        self.rules = {window: self._rule(window) for window in {config.window_of(i) for i in range(config.layers)}}
+        self.windows = [config.window_of(layer, window) for layer in range(config.layers)]
+        self.rules = {window: self._rule(window) for window in set(self.windows)}
 
     def first_BT(self) -> Tensor:
         """True where a token has none before it: at the beginning of a row, and of a document."""
@@ -399,8 +400,7 @@ class GPT(nn.Module):
             positions_BT = documents.positions_BT
         else:
             positions_BT = torch.arange(T, device=tokens_BT.device)[None] if cache is None else cache.positions(T)
-        config = self.config if window is None else replace(self.config, window=window)
-        sight = Sight(config, tokens_BT, positions_BT, cache, separator, documents)
+        sight = Sight(self.config, tokens_BT, positions_BT, cache, separator, documents, window)
         x_BTC = self.embed(sight)
         if self.config.positions == "rotary":  # one table for all heads, (B, 1, T, K)
             sight.cos_sin = tuple(t[positions_BT][:, None].to(x_BTC.dtype) for t in (self.cos_TK, self.sin_TK))
@@ -454,6 +454,5 @@ class GPT(nn.Module):
             p.numel() for name, p in self.blocks.named_parameters() if p.ndim == 2 and "embedding" not in name
         )
         head = self.config.vocab_size * self.config.width
-        config = self.config if window is None else replace(self.config, window=window)
-        seen = sum(min(T, config.window_of(layer) or T) for layer in range(config.layers))
+        seen = sum(min(T, self.config.window_of(layer, window) or T) for layer in range(self.config.layers))
         return 6 * (matrices + head) + 12 * inner_width * seen

@@ -44,8 +44,11 @@ class RaceConfig(TrainConfig):
     cautious: bool = option(True, "only weights that the update shrinks decay too")
     overlap: bool = option(True, "gradients are averaged over ranks while other gradients are still worked on")
     # the machine
-    attention: Literal["torch", "cuda", "triton"] = option("torch", "whose attention")
-    kernels: Literal["torch", "cuda", "triton"] = option("torch", "whose norms, activations, embeddings, AdamW")
+    attention: Literal["auto", "torch", "cuda", "triton"] = option(
+        "auto", "whose attention; auto: the fastest measured"
+    )
+    kernels: Literal["auto", "torch", "cuda", "triton"] = option("auto", "whose products, norms, embeddings, AdamW ...")
+    measured: str = option("results", "folder of the benchmarks' results, by which auto chooses")
     fused_loss: bool = option(False, "head and loss in one operation that never has all logits; by our kernels")
     fp8_head: bool = option(False, "the head multiplies in 8 bits; by our kernels")
     fp8_mlp: bool = option(False, "the MLPs multiply in 8 bits; by our kernels")
@@ -88,6 +91,16 @@ class RaceConfig(TrainConfig):
             raise ValueError("yarn without windows: expected --windows that grow, like '64,128'")
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs without compile: expected both")
+        if self.fp8_head and self.tied:
+            raise ValueError("fp8_head with a tied head: expected --no-tied, an embedding is not in 8 bits")
+        if self.fp8_mlp and self.bias:
+            raise ValueError("fp8_mlp with bias: expected --no-bias, these layers have none")
+        if self.bf16_weights and self.optimizer != "muon":
+            raise ValueError(
+                f"bf16_weights with optimizer {self.optimizer}: expected muon, which keeps the lower halves"
+            )
+        if self.bf16_weights and self.dtype == "float32":
+            raise ValueError("bf16_weights with dtype float32: expected bfloat16, products are of one type")
         if self.fp8_head and self.fused_loss:
             raise ValueError("fp8_head and fused_loss: expected one of them, the fused operation has no 8 bits")
         if self.fused_loss and weights[1:]:

@@ -9,6 +9,7 @@ import datetime
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def about(run: Run) -> dict[str, Any]:
         "held_out_tokens": run.data.held_out.size - 1,
         "held_out_bytes": int(run.data.byte_lengths[run.data.held_out[1:]].sum()),
         "machine": last["name"],
+        "choice": asdict(run.choice),
         "source": digest_of(first["sources"]),
         "source_at_end": digest_of(end),
         "changed_files": sorted(set().union(*(differing_files(first["sources"], each) for each in

@@ -1,36 +1,47 @@
 """The racing GPT: stage 2's, of the parts that a config asks for, and what changes in it while it trains.
 
 `build` makes it; `stretch` and `untie` change it at their step; `race_loss` is what a step minimises. A finished run
-is a plain GPT, which stage 2 samples and stage 5 fine-tunes. Refused: head widths that the kernels have not.
+is a plain GPT, which stage 2 samples and stage 5 fine-tunes. Refused: head widths that the kernels have not, dtypes and
+GPUs that a switch cannot work with.
 
 Shapes: B batch, T time, C width, V vocabulary, K channels of a head.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.cli import UserError
 from minigpt.masks import Documents
-from minigpt.model import GPT, causal_attention, rotary_tables
+from minigpt.model import GPT, rotary_tables
 from speedrun.config import RaceConfig
 from speedrun.documents import packed_attention
+from speedrun.winners import Choice, missing, named
 
 # Of matrices that begin at zero; what `--no-zero-init` gives them instead is GPT-2's way, Radford et al. 2019.
 ENDS = ("output.weight", "down.weight", "head.weight")
 SPREAD = 0.02
+# Arguments of GPT, by the fields of Choice that decide about them.
+PARTS = {
+    "linear": "linear_cls", "norm": "norm_cls", "embedding": "embedding_cls", "rotary": "rotary_fn",
+    "activation": "activation_fn", "loss": "loss_fn",
+}  # fmt: skip
 
 
-def build(config: RaceConfig, vocab_size: int) -> GPT:
-    """On the CPU, in float32, the same for one seed everywhere."""
+def build(config: RaceConfig, vocab_size: int, choice: Choice | None = None) -> GPT:
+    """On the CPU, in float32, the same for one seed everywhere. `choice` says whose kernels; None: those that the
+    config names, torch's for "auto"."""
     model = GPT(
         config.model_config(vocab_size),
         seed=config.seed,
         activation_checkpointing=config.activation_checkpointing,
-        **parts(config),
+        **parts(config, choice or named(config)),
     )
     if not config.zero_init:
         draw_ends(model, config.seed)
@@ -43,26 +54,58 @@ def build(config: RaceConfig, vocab_size: int) -> GPT:
     return model
 
 
-def parts(config: RaceConfig) -> dict:
+def refuse(config: RaceConfig, choice: Choice, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises ValueError or UserError for switches that cannot work on this device in this dtype."""
+    parts(config, choice)  # knows of head widths
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"cuda_graphs on {device.type}: expected a CUDA device")
+    if choice.attention == "cuda" and dtype == torch.float32:
+        raise ValueError("dtype float32 with attention cuda: expected bfloat16, it takes 16 bits")
+    if config.bf16_weights and dtype == torch.float32:
+        raise ValueError(
+            "bf16_weights where dtype auto is float32: expected --dtype bfloat16, products are of one type"
+        )
+    if config.fp8_head or config.fp8_mlp:
+        from cuda.device import place
+
+        if problem := missing("triton", device):
+            raise UserError(f"fp8: {problem}")
+        if place(device, kernels="triton").kind == "sm_80":
+            raise UserError(f"fp8 on {torch.cuda.get_device_name(device)}: expected a Hopper GPU, capability 9.0")
+
+
+def parts(config: RaceConfig, choice: Choice) -> dict:
     """Arguments of GPT. Raises ValueError where stage 3's attention has no such head width."""
-    if (config.kernels, config.attention, config.fused_loss) == ("torch", "torch", False):
+    if not choice.ours():
         return {}
     from cuda import ops, train_gpt  # which a run on torch's own kernels never needs
 
-    arguments = dict(train_gpt.gpt_arguments(config.kernels, config.norm))
-    arguments.pop("loss_fn", None)
-    arguments["attention_fn"] = causal_attention
-    if config.attention != "torch":
+    arguments = {}
+    for part, name in PARTS.items():
+        arguments |= {name: train_gpt.gpt_arguments(getattr(choice, part), config.norm).get(name)}
+    if choice.attention != "torch":
         width = config.head_width or config.width // config.heads
-        if width not in train_gpt.WIDTHS[config.attention]:
-            known = ", ".join(map(str, train_gpt.WIDTHS[config.attention]))
-            raise ValueError(f"head width {width} with attention {config.attention}: expected one of {known}")
-        attention = packed_attention if config.documents else ops.causal_attention
-        arguments["attention_fn"] = partial(attention, kernels=config.attention)
-    if config.fused_loss:
-        whose = "cuda" if config.kernels == "torch" else config.kernels
-        arguments["loss_fn"] = partial(train_gpt.linear_cross_entropy, kernels=whose)
-    return arguments
+        if width not in train_gpt.WIDTHS[choice.attention]:
+            known = ", ".join(map(str, train_gpt.WIDTHS[choice.attention]))
+            raise ValueError(f"head width {width} with attention {choice.attention}: expected one of {known}")
+        function = packed_attention if config.documents else ops.causal_attention
+        arguments["attention_fn"] = partial(attention, function, kernels=choice.attention)
+    return {name: value for name, value in arguments.items() if value is not None}
+
+
+def attention(function: Callable[..., Tensor], *qkv: Tensor, **options: Any) -> Tensor:
+    """A function of our own in autocast's type, which torch's goes by unasked."""
+    device = qkv[0].device.type
+    if torch.is_autocast_enabled(device):
+        qkv = [x.to(torch.get_autocast_dtype(device)) for x in qkv]
+    return function(*qkv, **options)
+
+
+def exported(model: GPT) -> GPT:
+    """The same weights, in float32, in a GPT of torch's own layers: what stage 2 reads from a checkpoint."""
+    plain = GPT(model.config, seed=None).to(model.embedding.weight.device)
+    plain.load_state_dict({name: value.float() for name, value in model.state_dict().items()})
+    return plain
 
 
 @torch.no_grad()
@@ -85,8 +128,9 @@ class Fp8Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         from cuda import ops
 
-        x = x.to(torch.bfloat16)
-        return ops.fp8_linear(x.reshape(-1, x.shape[-1]), self.weight.to(x.dtype)).view(*x.shape[:-1], -1)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return ops.fp8_linear(x, self.weight.to(x.dtype))
 
 
 def race_loss(

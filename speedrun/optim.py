@@ -58,6 +58,17 @@ class Muon(torch.optim.Optimizer):
         self._coming: list[tuple[Tensor, Work]] = []
 
     @torch.no_grad()
+    def halve(self) -> None:
+        """Before the first step: the weights become bfloat16, and what that leaves of them stays with their owners."""
+        for group, same in self.stacks:
+            high_NRC, low_NRC = halves(torch.stack(list(same)))
+            first, last = share(len(same), self.comm)
+            if own := same[first:last]:
+                self.state[own[0]] |= new_state(own, self.param_groups[group]["beta2"]) | {"low": low_NRC[first:last]}
+            for p, high in zip(same, high_NRC.unbind(), strict=True):
+                p.data = high.clone()  # of its own, at an address that kernels like
+
+    @torch.no_grad()
     def start(self) -> None:
         """Begins to average the gradients: every rank's share of each stack is on its way."""
         assert not self._coming, "start twice without a step"
@@ -143,15 +154,17 @@ def evened(o_NRC: Tensor, second: Tensor, beta2: float) -> Tensor:
 
 
 def joined(high: Sequence[Tensor], low_NRC: Tensor) -> Tensor:
-    """float32 of which `high` are the upper 16 bits, low_NRC (int16) the lower ones."""
+    """float32 that `halves` took apart, bit for bit; high: bfloat16, low_NRC: int16."""
     bits_NRC = torch.stack(list(high)).view(torch.int16).to(torch.int32) << 16
-    return (bits_NRC | (low_NRC.to(torch.int32) & 0xFFFF)).view(torch.float32)
+    return (bits_NRC + low_NRC.to(torch.int32)).view(torch.float32)
 
 
 def halves(x_NRC: Tensor) -> tuple[Tensor, Tensor]:
-    """(bfloat16, int16): cut, not rounded, so that `joined` gives x back bit for bit."""
+    """x rounded to bfloat16, and what the bits of x are above or below those, int16. Cutting would make all weights
+    smaller. A tie goes away from zero, not to even as torch's: 16 bits could not tell which side of it x was on."""
     bits_NRC = x_NRC.contiguous().view(torch.int32)
-    return (bits_NRC >> 16).to(torch.int16).view(torch.bfloat16), bits_NRC.to(torch.int16)
+    high_NRC = (bits_NRC + 0x8000) >> 16
+    return high_NRC.to(torch.int16).view(torch.bfloat16), (bits_NRC - (high_NRC << 16)).to(torch.int16)
 
 
 # ---- sharing over ranks ----------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from parallel.comm import Comm
 from speedrun.config import RaceConfig
 from speedrun.documents import DocumentRows
 from speedrun.optim import Muon, Rows
+from speedrun.winners import Choice
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class Run:
     data: TokenData
     model: GPT
     dtype: torch.dtype
+    choice: Choice
     byte_lengths_V: Tensor
     documents: DocumentRows | None = None
     forward: Callable[..., Tensor] = None
@@ -113,4 +115,5 @@ def machine(run: Run) -> dict[str, Any]:
         "dtype": str(run.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "ranks": run.world.world_size,
+        "kernels": str(run.choice),
     }

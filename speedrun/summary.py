@@ -19,6 +19,7 @@ from minigpt.compare import plot_run
 from minigpt.sample import sample_text
 from minigpt.sampling import Sampling
 from speedrun.config import RaceConfig
+from speedrun.model import exported
 from speedrun.schedule import plan
 
 PROMPT = "def "
@@ -97,5 +98,5 @@ def as_lines(summary: dict[str, Any], config: RaceConfig) -> str:
 
 
 def sample(run: Any) -> str:
-    text = sample_text(run.model, run.data.tokenizer, PROMPT, length=120, sampling=Sampling(temperature=0.8))
+    text = sample_text(exported(run.model), run.data.tokenizer, PROMPT, length=120, sampling=Sampling(temperature=0.8))
     return "sample         temperature 0.8, seed 0:\n" + PROMPT + text

@@ -40,12 +40,13 @@ from speedrun.config import RaceConfig
 from speedrun.documents import DocumentRows, documents_of
 from speedrun.fits import check_machine, check_memory, free_memory
 from speedrun.logbook import begin_sitting, finish_log
-from speedrun.model import build, race_loss, stretch, untie
+from speedrun.model import build, race_loss, refuse, stretch, untie
 from speedrun.optim import Muon, Rows
 from speedrun.presets import from_command_line
 from speedrun.schedule import Plan, plan
 from speedrun.state import Run, load, optimizers, save
 from speedrun.summary import as_lines, sample, summarise
+from speedrun.winners import choose
 
 READ_EVERY = 25  # steps on a GPU: to read a loss is to wait for it
 REHEARSED = 8  # steps of each kind, to fit a run to its minutes
@@ -60,18 +61,22 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
     check_machine(config.track, world)
     if not config.resume:
         refuse_existing(config.folder)
+    dtype = choose_dtype(config.dtype, world.device)
+    choice, whose = choose(config, world.device, dtype)
+    refuse(config, choice, world.device, dtype)
     data = tracks.load(config.corpus, config.tokenizer, config.track, endpoint_from_env())
     check_length(data.train, config.context)
     documents = DocumentRows(data.train, data.tokenizer.separator) if config.documents else None
-    half = choose_dtype(config.dtype, world.device) == torch.bfloat16
-    check_memory(config, data.tokenizer.vocab_size, world.world_size, free_memory(world.device), half)
+    free, half = free_memory(world.device), dtype == torch.bfloat16
+    check_memory(config, data.tokenizer.vocab_size, world.world_size, free, half)
     comm = make_comm(Mesh(Layout(dp=world.world_size), world.rank, world.world_size).group("dp"))
-    model = build(config, data.tokenizer.vocab_size).to(world.device)
+    model = build(config, data.tokenizer.vocab_size, choice).to(world.device)
     lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
-    run = Run(config, world, comm, data, model, choose_dtype(config.dtype, world.device), lengths_V, documents)
+    run = Run(config, world, comm, data, model, dtype, choice, lengths_V, documents)
     notes = [
         data.describe(),
-        f"model: {model.num_parameters():,} parameters, {str(run.dtype)[6:]} on {world.device.type}",
+        f"model: {model.num_parameters():,} parameters, {str(dtype)[6:]} on {world.device.type}",
+        whose,
     ]
     if documents is not None:
         left_out = documents.dropped(config.context)
@@ -82,7 +87,8 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
         run.step = checkpoint.state["step"]
         change(run, plan(max(0, run.step - 1), config))  # the model as it was when it was saved
         notes += warnings + load(run, checkpoint)
-    options = {"mode": "reduce-overhead"} if config.cuda_graphs else {}
+    # A graph of launches is of one shape: where the plan changes it, another is recorded.
+    options = {"mode": "reduce-overhead", "dynamic": False} if config.cuda_graphs else {}
     run.forward = torch.compile(run.model, **options) if config.compile else run.model
     comm.barrier()  # every rank has looked at the folder before rank 0 writes into it
     if not config.resume:
@@ -136,13 +142,12 @@ def make_optimizers(run: Run) -> None:
         names["embedding"].remove("embedding.weight")
         names["head"].append("embedding.weight")
     matrices = [parameters[name] for name in names["matrices"]]
-    if config.bf16_weights:
-        for p in matrices:
-            p.data = p.data.to(torch.bfloat16)
     if config.optimizer == "muon":
         options = {"beta2": config.normuon, "weight_decay": config.muon_decay, "cautious": config.cautious}
         run.muon = Muon(matrices, config.muon_lr, config.momentum, dtype=run.dtype, comm=run.comm, **options)
         run.muon.param_groups[0]["peak_lr"] = config.muon_lr
+        if config.bf16_weights:
+            run.muon.halve()
     peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "rest": config.gain_lr}
     decays = {"rest": 0.0, "embedding": config.embedding_decay}
     groups = []
@@ -151,12 +156,12 @@ def make_optimizers(run: Run) -> None:
             peak = peaks.get(kind) or config.learning_rate
             group = {"params": [parameters[name] for name in members], "lr": peak, "peak_lr": peak}
             groups.append(group | {"weight_decay": decays.get(kind, config.weight_decay)})
-    if config.kernels == "torch":
+    if run.choice.adamw == "torch":
         adamw = partial(torch.optim.AdamW, fused=True)
     else:
         from cuda import optim
 
-        adamw = partial(optim.AdamW, kernels=config.kernels)
+        adamw = partial(optim.AdamW, kernels=run.choice.adamw)
     make = partial(adamw, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
     run.rest = Rows(groups, make, run.comm)
 
@@ -205,10 +210,16 @@ def gradients(run: Run, now: Plan, inputs_BT: Tensor, targets_BT: Tensor, *where
     if config.document_mask:
         options["separator"] = run.data.tokenizer.separator
     nats = torch.zeros((), device=device)
+    if config.cuda_graphs and config.accumulate > 1:
+        # .grad would be memory of the graph, which the next replay writes anew instead of adding to it.
+        for p in run.model.parameters():
+            p.grad = torch.zeros_like(p)
     parts = (x.chunk(config.accumulate) for x in (inputs_BT, targets_BT, *where))
     for part_BT, wanted_BT, *its in zip(*parts, strict=True):
-        documents = documents_of(*its, config.attention) if its else None
+        documents = documents_of(*its, run.choice.attention) if its else None
         options |= {"documents": documents} if its else {}
+        if config.cuda_graphs:
+            torch.compiler.cudagraph_mark_step_begin()  # nothing of the part before is read again
         with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
             if config.fused_loss:
                 loss = run.forward(part_BT, wanted_BT, z_loss=config.z_loss, **options)
@@ -240,8 +251,9 @@ def warm_up(run: Run, now: Plan, *batch_of_rank: Tensor) -> float:
     """Seconds of a first pass of its kind, which compiles; off the clock, and without a trace in the run's numbers."""
     wait_for(run.world.device)
     began = time.perf_counter()
-    gradients(run, now, *batch_of_rank)
-    run.model.zero_grad(set_to_none=True)
+    for _ in range(2 if run.config.cuda_graphs else 1):  # the second pass records the launches
+        gradients(run, now, *batch_of_rank)
+        run.model.zero_grad(set_to_none=True)
     wait_for(run.world.device)
     seconds = time.perf_counter() - began
     run.warm_seconds += seconds
