@@ -24,6 +24,7 @@ from parallel.comm import Comm
 from speedrun.config import RaceConfig
 from speedrun.documents import DocumentRows
 from speedrun.optim import Muon, Rows
+from speedrun.spent import Spent
 from speedrun.winners import Choice
 
 
@@ -39,8 +40,9 @@ class Run:
     dtype: torch.dtype
     choice: Choice
     byte_lengths_V: Tensor
+    spent: Spent
     documents: DocumentRows | None = None
-    forward: Callable[..., Tensor] = None
+    forward: Callable[..., tuple[Tensor, Tensor]] = None  # speedrun/loss.py
     muon: Muon | None = None
     rest: Rows | None = None
     step: int = 0

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from common.dist import World
-from common.log import atomic_write, format_duration, jsonable
+from common.log import atomic_write, format_duration, jsonable, read_jsonl
 from common.timing import gemm_peak
 from minigpt.checkpoint import FOLDER
 from minigpt.compare import plot_run
@@ -21,6 +21,7 @@ from minigpt.sampling import Sampling
 from speedrun.config import RaceConfig
 from speedrun.model import exported
 from speedrun.schedule import plan
+from speedrun.spent import draw, mean_ms, parts_as_lines
 
 PROMPT = "def "
 
@@ -51,6 +52,8 @@ def summarise(run: Any, wall_seconds: float) -> dict[str, Any]:
     flops = sum(run.model.num_flops_per_token(now.context, now.window) * now.rows * now.context for now in plans)
     flops /= run.seconds
     peak = machine_peak(run.dtype, world)
+    parts = mean_ms(read_jsonl(config.folder / "timing.jsonl"))
+    draw(config.folder / "breakdown.png", parts, "Where the time of a step goes")
     summary = {
         "bits_per_byte": run.bits_per_byte,
         "held_out_bytes": data.held_out_bytes,
@@ -72,6 +75,7 @@ def summarise(run: Any, wall_seconds: float) -> dict[str, Any]:
         "flops": flops,
         "gemm_peak_flops": peak,
         "of_peak": flops / peak,
+        "parts_ms": parts,
     }
     atomic_write(config.folder / "summary.json", json.dumps(jsonable(summary), indent=1, allow_nan=False) + "\n")
     return summary
@@ -91,6 +95,8 @@ def as_lines(summary: dict[str, Any], config: RaceConfig) -> str:
             f"{format_duration(s['wall_seconds'])}",
             f"speed          {s['tokens_per_s']:,.0f} tokens/s, {s['flops'] / 1e9:,.1f} GFLOP/s, {s['of_peak']:.1%} "
             f"of the GEMM peak measured here, {s['gemm_peak_flops'] / 1e9:,.0f} GFLOP/s{ranks}",
+            f"a step takes   {sum(s['parts_ms'].values()):.2f} ms on rank 0",
+            *parts_as_lines(s["parts_ms"]),
             "files          "
             + "  ".join(str(config.folder / name) for name in ("report.html", "loss.png", "metrics.jsonl", FOLDER)),
         ]

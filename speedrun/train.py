@@ -33,17 +33,18 @@ from minigpt.evaluate import score, spread, to_bits_per_byte
 from minigpt.optim import group_names
 from minigpt.train import interruptible, measured_peak, memory, refuse_existing, reproducible
 from minigpt.trainer import choose_dtype
-from parallel.comm import make_comm
 from parallel.mesh import Layout, Mesh
 from speedrun import dashboard, report, tracks
 from speedrun.config import RaceConfig
 from speedrun.documents import DocumentRows, documents_of
 from speedrun.fits import check_machine, check_memory, free_memory
 from speedrun.logbook import begin_sitting, finish_log
-from speedrun.model import build, race_loss, refuse, stretch, untie
+from speedrun.loss import loss_of
+from speedrun.model import build, refuse, stretch, untie
 from speedrun.optim import Muon, Rows
 from speedrun.presets import from_command_line
 from speedrun.schedule import Plan, plan
+from speedrun.spent import Spent, TimedComm
 from speedrun.state import Run, load, optimizers, save
 from speedrun.summary import as_lines, sample, summarise
 from speedrun.winners import choose
@@ -69,10 +70,11 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
     documents = DocumentRows(data.train, data.tokenizer.separator) if config.documents else None
     free, half = free_memory(world.device), dtype == torch.bfloat16
     check_memory(config, data.tokenizer.vocab_size, world.world_size, free, half)
-    comm = make_comm(Mesh(Layout(dp=world.world_size), world.rank, world.world_size).group("dp"))
+    spent = Spent(world.device)
+    comm = TimedComm(Mesh(Layout(dp=world.world_size), world.rank, world.world_size).group("dp"), spent)
     model = build(config, data.tokenizer.vocab_size, choice).to(world.device)
     lengths_V = torch.from_numpy(data.byte_lengths).to(world.device)
-    run = Run(config, world, comm, data, model, dtype, choice, lengths_V, documents)
+    run = Run(config, world, comm, data, model, dtype, choice, lengths_V, spent, documents)
     notes = [
         data.describe(),
         f"model: {model.num_parameters():,} parameters, {str(dtype)[6:]} on {world.device.type}",
@@ -87,9 +89,7 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
         run.step = checkpoint.state["step"]
         change(run, plan(max(0, run.step - 1), config))  # the model as it was when it was saved
         notes += warnings + load(run, checkpoint)
-    # A graph of launches is of one shape: where the plan changes it, another is recorded.
-    options = {"mode": "reduce-overhead", "dynamic": False} if config.cuda_graphs else {}
-    run.forward = torch.compile(run.model, **options) if config.compile else run.model
+    run.forward = loss_of(run.model, config, run.dtype, world.device)
     comm.barrier()  # every rank has looked at the folder before rank 0 writes into it
     if not config.resume:
         if world.rank == 0:
@@ -216,18 +216,14 @@ def gradients(run: Run, now: Plan, inputs_BT: Tensor, targets_BT: Tensor, *where
             p.grad = torch.zeros_like(p)
     parts = (x.chunk(config.accumulate) for x in (inputs_BT, targets_BT, *where))
     for part_BT, wanted_BT, *its in zip(*parts, strict=True):
-        documents = documents_of(*its, run.choice.attention) if its else None
-        options |= {"documents": documents} if its else {}
+        options |= {"documents": documents_of(*its, run.choice.attention)} if its else {}
         if config.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # nothing of the part before is read again
-        with torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16):
-            if config.fused_loss:
-                loss = run.forward(part_BT, wanted_BT, z_loss=config.z_loss, **options)
-                next_token = loss.detach()
-            else:
-                logits_BTV = run.forward(part_BT, **options)
-                loss, next_token = race_loss(logits_BTV, wanted_BT, now.mtp, config.z_loss, documents)
-        (loss / config.accumulate).backward()
+        half = torch.autocast(device.type, torch.bfloat16, enabled=run.dtype == torch.bfloat16)
+        with run.spent("forward"), half:
+            loss, next_token = run.forward(part_BT, wanted_BT, now.mtp, **options)
+        with run.spent("backward"):
+            (loss / config.accumulate).backward()
         nats += next_token / config.accumulate
     return torch.stack([nats, run.byte_lengths_V[targets_BT].to(nats.dtype).mean()])
 
@@ -278,22 +274,27 @@ def loop(run: Run, notes: list[str]) -> None:
         for note in notes:
             log.message(note)
         unread, seen, began = [], set(), time.perf_counter()
+        run.spent.begin()
         while run.step < config.steps:
             now = plan(run.step, config)
             change(run, now)
-            batch_of_rank = ahead.next(run.step)
+            with run.spent("data"):
+                batch_of_rank = ahead.next(run.step)
             if now.kind not in seen:
                 seen.add(now.kind)
-                began += warm_up(run, now, *batch_of_rank)
+                with run.spent(None):
+                    began += warm_up(run, now, *batch_of_rank)
             unread.append((now, gradients(run, now, *batch_of_rank)))
-            update(run, now)
+            with run.spent("optimizer"):
+                update(run, now)
             run.step += 1
             last, look = run.step == config.steps, run.step % config.eval_every == 0
             due = last or run.step % config.checkpoint_every == 0
             if not (last or look or due or len(unread) == read_every):
                 continue
             wait_for(world.device)
-            found, shown, stop = read(run, log, unread, time.perf_counter() - began, peak, interrupted())
+            seconds, parts = time.perf_counter() - began, run.spent.take()
+            found, shown, stop = read(run, log, unread, seconds, parts, peak, interrupted())
             found |= evaluate(run) if last or look else {}
             log.metrics(run.step, **found)
             log.progress(run.step, **shown)
@@ -304,10 +305,17 @@ def loop(run: Run, notes: list[str]) -> None:
                 log.message(f"stopped: {config.folder} holds step {run.step}; continue with: {again}")
                 raise KeyboardInterrupt
             unread, began = [], time.perf_counter()
+            run.spent.begin()
 
 
 def read(
-    run: Run, log: RunLog, unread: list[tuple[Plan, Tensor]], seconds: float, peak: float, stop: bool
+    run: Run,
+    log: RunLog,
+    unread: list[tuple[Plan, Tensor]],
+    seconds: float,
+    parts: dict[str, float],
+    peak: float,
+    stop: bool,
 ) -> tuple[dict[str, float], dict[str, Any], bool]:
     """Reads the losses of the last steps, which waits for a GPU, and files them, but for the metrics of the last one;
     those, what to show of it, whether any rank wants to stop."""
@@ -316,6 +324,7 @@ def read(
     *pairs, (stops, _) = values.tolist()
     run.seconds += seconds
     each = seconds / len(unread)
+    spent = {f"{part}_ms": 1e3 * value / len(unread) for part, value in parts.items()}
     for number, ((now, _), (loss, size)) in enumerate(zip(unread, pairs, strict=True), run.step - len(unread) + 1):
         if not math.isfinite(loss):
             raise UserError(f"loss {loss:g} at step {number}: stopped; a lower learning rate may help")
@@ -325,7 +334,8 @@ def read(
         metrics = {"loss": loss, "train_bits_per_byte": bits, "lr_share": now.lr_share}
         if number < run.step:
             log.metrics(number, **metrics)
-        log.timing(number, step_ms=1e3 * each, tokens_per_s=speed, mfu=mfu, memory_bytes=memory(run.world.device))
+        about = {"step_ms": 1e3 * each, "tokens_per_s": speed, "mfu": mfu, "memory_bytes": memory(run.world.device)}
+        log.timing(number, **about, **spent)
     return metrics, {"loss": loss, "tokens_per_s": round(speed), "mfu": f"{mfu:.0%}"}, stops > 0
 
 

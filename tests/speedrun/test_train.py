@@ -167,7 +167,8 @@ def test_steps_are_fitted_to_minutes(smoke, tmp_path, monkeypatch):
 
 
 def test_a_loss_that_is_no_number_stops_the_run(smoke, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "race_loss", lambda *arguments: (arguments[0].sum() * math.nan, torch.tensor(math.nan)))
+    nan = torch.tensor(math.nan)
+    monkeypatch.setattr(train, "loss_of", lambda model, *_: lambda tokens, *_: (model(tokens).sum() * nan, nan))
     with pytest.raises(UserError, match="loss nan at step 1: stopped"):
         train.race(replace(smoke, folder=tmp_path / "run"), WORLD)
 
