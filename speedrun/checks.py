@@ -1,19 +1,20 @@
 """What one race log says, held against itself, its config and the rules of its track; speedrun/verify.py prints it.
 
-Nothing is read but the log, and nothing is computed that a race computes. Refused: nothing, all is found and told.
+Nothing is read but the log, and nothing is computed that a race computes. speedrun/doubts.py has what speaks against a
+log whose numbers fit together. Refused: nothing, all is found and told.
 """
 
-import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from speedrun import doubts
 from speedrun.config import RaceConfig
 from speedrun.logbook import UNITS, in_bits, nats_per_bit, tokens_of
 from speedrun.record_log import RaceLog, contradictions, digest_of, number, read_chain, seconds_to
 from speedrun.schedule import plan
-from speedrun.tracks import TRACKS, Track
+from speedrun.tracks import TRACKS, Track, is_on
 
 CORES = 2  # of a race on a CPU
 GPUS = {"one-gpu": 1, "fineweb": 8}  # at most
@@ -46,12 +47,21 @@ def verify_log(path: Path) -> tuple[RaceLog | None, list[Finding]]:
         return log, found + checked("numbers", faults, "")
     found += checked("numbers", [], f"{len(steps)} steps, seconds and result of one run, all finite")
     try:
+        if unknown := sorted(about["config"].keys() - {field.name for field in fields(RaceConfig)}):
+            raise ValueError(f"config has {', '.join(unknown)}, which this program has not: verify with the log's own")
         config = RaceConfig(**about["config"])
         found += checked("config", list(of_config(about, config)), "one that the program accepts")
+        if not found[-1].good:
+            return log, found
         found += checked("schedule", list(of_plan(log, config)), "steps, rates, tokens and looks are the config's")
         found += checked("result", list(of_result(log, config)), "follows from the steps")
         found += checked("sittings", list(of_sittings(about)), f"{len(about['sittings'])}, on one program and machine")
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        if not found[-1].good:
+            return log, found
+        found += checked("command", list(doubts.of_commands(about)), "its flags are the config's")
+        found += checked("speed", list(doubts.of_speed(log, config)), "no step faster than such machines are")
+        found += clock(log)
+    except (TypeError, ValueError, LookupError, ArithmeticError, AttributeError) as error:
         found.append(Finding(False, f"line 1: not what a race writes: {type(error).__name__}: {error}"))
     return log, found
 
@@ -60,6 +70,11 @@ def verify_log(path: Path) -> tuple[RaceLog | None, list[Finding]]:
 
 
 def of_config(about: dict[str, Any], config: RaceConfig) -> Iterator[str]:
+    defaults = RaceConfig()
+    for name, value in about["config"].items():
+        wanted = type(getattr(defaults, name))
+        if type(value) is not wanted and (type(value), wanted) != (int, float):
+            yield f"line 1, config: {name} {value!r}, expected {wanted.__name__}"
     for name in ("seed", "track"):
         if about[name] != getattr(config, name):
             yield f"line 1, {name}: {about[name]!r}, while the config says {getattr(config, name)!r}"
@@ -67,8 +82,12 @@ def of_config(about: dict[str, Any], config: RaceConfig) -> Iterator[str]:
         if not isinstance(about[name], str):
             yield f"line 1, {name}: {about[name]!r}, expected a text"
     for name in ("held_out_bytes", "held_out_tokens", "vocabulary", "ranks", "threads"):
-        if not number(about, name) >= 1:
-            yield f"line 1, {name}: {about.get(name)!r}, expected at least 1"
+        if type(about.get(name)) is not int or about[name] < 1:
+            yield f"line 1, {name}: {about.get(name)!r}, expected a whole number of at least 1"
+            return
+    kind, _, size = config.tokenizer.partition(":")
+    if kind == "bpe" and about["vocabulary"] > int(size):
+        yield f"line 1, vocabulary: {about['vocabulary']}, while the config's tokenizer is {config.tokenizer}"
 
 
 def of_plan(log: RaceLog, config: RaceConfig) -> Iterator[str]:
@@ -81,9 +100,6 @@ def of_plan(log: RaceLog, config: RaceConfig) -> Iterator[str]:
         if not close(number(row, "lr_share"), wanted.lr_share, 1e-9):
             yield f"line {line}, lr_share: {row.get('lr_share')}, while the schedule says {wanted.lr_share}"
         tokens = wanted.rows * wanted.context
-        if not close(number(row, "tokens_per_s") * row["seconds"], tokens, 1e-6):
-            told = f"{row.get('tokens_per_s')} tokens/s in {row['seconds']} s"
-            yield f"line {line}, tokens_per_s: {told}, while the step has {tokens} tokens"
         looks = {name for name in ("held_out_look", "held_out_bits_per_byte") if name in row}
         due = {"held_out_bits_per_byte"} if step == config.steps else set()
         due |= {"held_out_look"} if step % config.eval_every == 0 and not due else set()
@@ -95,13 +111,9 @@ def of_plan(log: RaceLog, config: RaceConfig) -> Iterator[str]:
 
 
 def plausible(row: dict[str, Any], tokens: int) -> bool:
-    """Loss and bits per byte together tell how many bytes the step's targets have, which is a whole number.
-
-    The mean was taken in float32, so only where that is exact enough; else it must be a number above 0.
-    """
-    size = tokens * row["loss"] / math.log(2) / (number(row, "train_bits_per_byte") or math.nan)
-    rounding = 2e-7 * size
-    return size > 0 and (not rounding < 0.1 or abs(size - round(size)) <= rounding)
+    """Whether the bytes of the step's targets are a whole number, where that can be seen, else above 0."""
+    size = doubts.bytes_of(row, tokens)
+    return size > 0 and (not doubts.exact(size) or abs(size - round(size)) <= doubts.ROUNDING * size)
 
 
 def of_result(log: RaceLog, config: RaceConfig) -> Iterator[str]:
@@ -124,18 +136,39 @@ def of_result(log: RaceLog, config: RaceConfig) -> Iterator[str]:
 def of_sittings(about: dict[str, Any]) -> Iterator[str]:
     sittings = about["sittings"]
     starts = [sitting["step"] for sitting in sittings]
+    if not all(type(step) is int for step in starts):
+        yield f"line 1, sittings: they begin at steps {starts}, expected whole numbers"
+        return
     if starts[:1] != [0] or sorted(set(starts)) != starts or not starts[-1] < about["config"]["steps"]:
         yield f"line 1, sittings: they begin at steps {starts}, expected 0 and then later ones"
+        return
     if digest_of(about["sources"]) != about["source"]:
         yield "line 1, source: not the digest of the files in sources"
     digests = {about["source"], about["source_at_end"], *(sitting["source"] for sitting in sittings)}
     if len(digests) > 1 or about["changed_files"]:
         changed = ", ".join(about["changed_files"]) or "files that are not named"
         yield f"line 1, sources: the program changed during the run: {changed}"
-    for name in ("torch", "device", "dtype", "threads", "ranks", "name"):
-        values = {sitting[name] for sitting in sittings} | {about["machine" if name == "name" else name]}
+    for name in ("torch", "device", "dtype", "threads", "ranks", "kernels", "name"):
+        values = {str(sitting.get(name)) for sitting in sittings} | {
+            str(about.get("machine" if name == "name" else name))
+        }
         if len(values) > 1:
-            yield f"line 1, {name}: {' and '.join(sorted(map(str, values)))}, expected one machine"
+            yield f"line 1, {name}: {' and '.join(sorted(values))}, expected one machine"
+    for name in ("commit", "dirty", "command"):
+        if about.get(name) != sittings[-1].get(name):
+            yield f"line 1, {name}: {about.get(name)!r}, while the last sitting says {sittings[-1].get(name)!r}"
+    if about["python"] != about["versions"]["python"]:
+        yield f"line 1, python: {about['python']!r}, while versions say {about['versions']['python']!r}"
+
+
+def clock(log: RaceLog) -> list[Finding]:
+    """Seconds of the steps against the times of the sittings, which are those of any clock on the wall."""
+    if "ended" not in log.about or not all("began" in sitting for sitting in log.about["sittings"]):
+        return [Finding(None, "clock: the log has no times of day to compare the seconds with")]
+    wall, faults = doubts.wall_seconds(log), list(doubts.of_clock(log))
+    seconds, compiling = log.result["train_seconds"], log.result["compile_seconds"]
+    fine = f"{wall:.0f} s from begin to end, {seconds:.0f} of them on the clock, {compiling:.0f} compiling"
+    return checked("clock", faults, fine)
 
 
 def close(one: float, other: float, tolerance: float) -> bool:
@@ -156,23 +189,26 @@ def verify_rules(log: RaceLog) -> list[Finding]:
     if track is None:
         return [Finding(None, f"track: {log.about['track']!r}, so no rules: expected one of {', '.join(TRACKS)}")]
     found = checked("track", list(of_track(log, track)), f"{track.name}, its text and machine")
-    if track.limit_seconds:
-        seconds = log.result["train_seconds"]
-        kept = f"{seconds:.1f} of {track.limit_seconds:g} s"
-        late = f"{kept}: only for the race to the target, not for that of {track.limit_seconds:g} s"
-        found.append(Finding(True, f"time: {kept}") if within(log, track) else Finding(None, f"time: {late}"))
+    found += checked("text", list(doubts.of_text(log)), "what held-out text cost fits what training text cost")
+    if found[-1].good and len(log.steps) < doubts.FEW:
+        found[-1] = Finding(None, f"text: {len(log.steps)} steps, too few to tell what held-out text can cost")
+    if track.races:
+        limits = [seconds for seconds, _ in track.races]
+        kept = next((limit for limit in limits if within(log, limit)), None)
+        of = f"time: {log.result['train_seconds']:.1f} of {kept or limits[-1]:g} s"
+        found.append(Finding(True, of) if kept else Finding(None, f"{of}: only for the race to the target"))
     about = log.about
     digest = f"{about['data_digest'][:12]}, held out {about['held_out_bytes']:,} bytes, Python {about['python']}"
     return [*found, Finding(None, f"data: digest {digest}: whose text that is, only who has it can say")]
 
 
-def within(log: RaceLog, track: Track) -> bool:
-    return log.result["train_seconds"] <= track.limit_seconds
+def within(log: RaceLog, seconds: float) -> bool:
+    return log.result["train_seconds"] <= seconds
 
 
 def of_track(log: RaceLog, track: Track) -> Iterator[str]:
     about, config = log.about, log.about["config"]
-    if config["corpus"].partition(":")[0] != track.corpus.partition(":")[0]:
+    if not is_on(track, config["corpus"]):
         yield f"line 1, corpus: {config['corpus']!r}, expected {track.corpus!r}"
     if track.tokenizer and config["tokenizer"] != track.tokenizer:
         yield f"line 1, tokenizer: {config['tokenizer']!r}, expected {track.tokenizer!r}"

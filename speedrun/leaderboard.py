@@ -17,7 +17,7 @@ from speedrun.checks import value_of, within
 from speedrun.record import RECORDS
 from speedrun.record_log import RaceLog, one_sided_p
 from speedrun.tracks import TRACKS, Track
-from speedrun.verify import verify_record
+from speedrun.verify import P_VALUE, verify_record
 
 BOARD = RECORDS.parent / "LEADERBOARD.md"
 HEAD = """# Leaderboard
@@ -46,6 +46,10 @@ class Record:
     @property
     def seconds(self) -> list[float]:
         return [log.result["train_seconds"] for log in self.logs]
+
+    def is_of(self, seconds: float, target: float) -> bool:
+        """Whether it is one of the race for what can be reached in so many seconds."""
+        return all(within(log, seconds) for log in self.logs) and one_sided_p(self.values, target) < P_VALUE
 
     @property
     def group(self) -> tuple[str, str]:
@@ -90,27 +94,27 @@ def page(records: Sequence[Record], refused: Sequence[str]) -> str:
 
 
 def tables(records: Sequence[Record], track: Track) -> list[str]:
-    """The races of a track: for a value in its time where it has one, and for the time to its target."""
+    """The races of a track: for a value in each of its times, and for the time to its target."""
     lines = []
-    if track.limit_seconds:
-        timely = [record for record in records if all(within(log, track) for log in record.logs)]
-        lines += [f"Fewest {track.unit} after {track.limit_seconds:g} s of training:\n"]
-        lines += table(sorted(timely, key=lambda record: math.fsum(record.values) / len(record.values)), track)
+    for seconds, target in track.races:
+        timely = [record for record in records if record.is_of(seconds, target)]
+        lines += [f"Fewest {track.unit} after {seconds:g} s of training, target {target:g}:\n"]
+        lines += table(sorted(timely, key=lambda record: statistics.fmean(record.values)), track, target)
     lines += [f"Fewest seconds of training to {track.target:g} {track.unit}:\n"]
-    return lines + table(sorted(records, key=lambda record: math.fsum(record.seconds) / len(record.seconds)), track)
+    return lines + table(sorted(records, key=lambda record: statistics.fmean(record.seconds)), track, track.target)
 
 
-def table(ranked: Sequence[Record], track: Track) -> list[str]:
+def table(ranked: Sequence[Record], track: Track, target: float) -> list[str]:
     if not ranked:
         return ["No records yet.\n"]
-    heads = ("rank", "name", track.unit, f"p against {track.target:g}", "seconds", "first look", "seeds", "hardware",
+    heads = ("rank", "name", track.unit, f"p against {target:g}", "seconds", "first look", "seeds", "hardware",
              "date", "commit", "logs")  # fmt: skip
-    rows = [" | ".join(row(rank, record)) for rank, record in enumerate(ranked, start=1)]
+    rows = [" | ".join(row(rank, record, target)) for rank, record in enumerate(ranked, start=1)]
     marks = ["--:", "---", "--:", "--:", "--:", "--:", "--:", "---", "---", "---", "---"]
     return [*(f"| {line} |" for line in (" | ".join(heads), " | ".join(marks), *rows)), ""]
 
 
-def row(rank: int, record: Record) -> list[str]:
+def row(rank: int, record: Record, target: float) -> list[str]:
     about, values = record.logs[-1].about, record.values
     looks = [log.result["seconds_to_target"] for log in record.logs if log.result["seconds_to_target"] is not None]
     hardware = about["machine"] + (f" x {about['ranks']}" if about["ranks"] > 1 else "")
@@ -119,7 +123,7 @@ def row(rank: int, record: Record) -> list[str]:
         str(rank),
         record.name,
         spread(values, 4),
-        f"{one_sided_p(values, record.track.target):.1e}",
+        f"{one_sided_p(values, target):.1e}",
         spread(record.seconds, 1),
         f"{math.fsum(looks) / len(looks):.1f}" if looks else "–",
         str(len(values)),

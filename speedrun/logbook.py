@@ -33,7 +33,7 @@ def begin_sitting(run: Run) -> None:
         return
     path = run.config.folder / SITTINGS
     earlier = json.loads(path.read_text()) if path.exists() else []
-    now = {"step": run.step, "date": datetime.datetime.now(datetime.UTC).date().isoformat(), **git_state()}
+    now = {"step": run.step, "began": clock_on_the_wall(), **git_state()}
     now |= {"command": portable(command()), "name": device_name(run.world.device), **machine(run)}
     now |= {"versions": versions(), "sources": source_digests()}
     kept = [sitting for sitting in earlier if sitting["step"] < run.step]
@@ -54,7 +54,7 @@ def finish_log(run: Run) -> Path:
 
 
 def joined(folder: Path) -> list[dict[str, Any]]:
-    """A row for each step: what the seed decided, seconds on the clock, and tokens per second.
+    """A row for each step: what the seed decided, and seconds on the clock.
 
     On a GPU losses are read every so many steps, and the seconds of a step are the mean over those.
     """
@@ -62,8 +62,7 @@ def joined(folder: Path) -> list[dict[str, Any]]:
     if [row["step"] for row in metrics] != [row["step"] for row in timing]:
         raise ValueError(f"{folder}: metrics.jsonl and timing.jsonl have other steps: expected one run's")
     return [
-        {"step": row["step"], **{name: row[name] for name in KEPT if name in row}}
-        | {"seconds": time["step_ms"] / 1e3, "tokens_per_s": time["tokens_per_s"]}
+        {"step": row["step"], **{name: row[name] for name in KEPT if name in row}} | {"seconds": time["step_ms"] / 1e3}
         for row, time in zip(metrics, timing, strict=True)
     ]
 
@@ -88,7 +87,8 @@ def about(run: Run) -> dict[str, Any]:
                                               [*(sitting["sources"] for sitting in sittings), end]))),
         "sources": first["sources"],
     }  # fmt: skip
-    told |= {name: last[name] for name in ("date", "commit", "dirty", "command", "versions", *machine(run))}
+    told |= {"date": last["began"][:10], "ended": clock_on_the_wall()}
+    told |= {name: last[name] for name in ("commit", "dirty", "command", "versions", *machine(run))}
     told["python"] = last["versions"]["python"]
     told["sittings"] = [
         {name: value for name, value in sitting.items() if name != "sources"}
@@ -96,6 +96,11 @@ def about(run: Run) -> dict[str, Any]:
         for sitting in sittings
     ]
     return told
+
+
+def clock_on_the_wall() -> str:
+    """2026-01-02T03:04:05+00:00, in UTC."""
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def differing_files(before: dict[str, str], after: dict[str, str]) -> set[str]:

@@ -1,9 +1,11 @@
 """Files finished races: `python -m speedrun.record --folder runs/a runs/b --name first`, a folder for each seed.
 
 Writes results/speedrun/cpu_<machine>_<date>.json with the summaries and curves, and copies loss.png of the first run
-beside it as loss_cpu.png (on a GPU: cuda_..., loss_cuda.png): what the READMEs show comes from there. With a name the
-race logs become a record, speedrun/records/<track>/<name>/<seed>.jsonl. Refused, with nothing written: a folder without
-a finished run; runs that differ in more than the seed; a seed twice; a record that is there; a run of no track.
+beside it as loss_cpu.png (on a GPU: cuda_..., loss_cuda.png): what the READMEs show comes from there. With a name these
+are <name>_<machine>_<date>.json and loss_<name>.png, so that no other race's are replaced, and the race logs become a
+record, speedrun/records/<track>/<name>/<seed>.jsonl. Refused, with nothing written: a folder without a finished run;
+runs that differ in more than the seed; a seed twice; a record that is there; a run of no track; a log that does not
+pass speedrun.verify.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from typing import Any
 from common import cli
 from common.log import atomic_write, read_jsonl
 from common.results import save_result
+from speedrun.checks import verify_log, verify_rules
 from speedrun.record_log import NAME, read_log
 from speedrun.verify import differences
 
@@ -44,7 +47,7 @@ def record(config: RecordConfig) -> list[Path]:
     logs = logs_of(folders, config) if config.name else {}
     for path, text in logs.items():
         atomic_write(path, text)
-    return [*logs, *file_results(folders, config.out)]
+    return [*logs, *file_results(folders, config.out, config.name)]
 
 
 def logs_of(folders: Sequence[Path], config: RecordConfig) -> dict[Path, bytes]:
@@ -59,6 +62,10 @@ def logs_of(folders: Sequence[Path], config: RecordConfig) -> dict[Path, bytes]:
         raise ValueError(f"{folders[0]} is a run of no track: expected a race with --track, or no --name")
     if faults := differences(logs):
         raise ValueError(f"not the seeds of one record: {'; '.join(faults)}")
+    for folder, log in zip(folders, logs, strict=True):
+        findings = verify_log(folder / NAME)[1] + verify_rules(log)
+        if wrong := [finding.text for finding in findings if finding.good is False]:
+            raise ValueError(f"{folder / NAME} does not pass speedrun.verify: {'; '.join(wrong)}")
     target = config.records / track / config.name
     if target.exists():
         raise ValueError(f"{target} is there: expected another --name, a record stays as it is")
@@ -68,7 +75,7 @@ def logs_of(folders: Sequence[Path], config: RecordConfig) -> dict[Path, bytes]:
     }
 
 
-def file_results(folders: Sequence[Path], out: Path) -> list[Path]:
+def file_results(folders: Sequence[Path], out: Path, name: str) -> list[Path]:
     """One JSON with a row for each run, and the first one's picture."""
     abouts = [json.loads((folder / "config.json").read_text()) for folder in folders]
     rows = [row_of(folder) for folder in folders]
@@ -76,8 +83,8 @@ def file_results(folders: Sequence[Path], out: Path) -> list[Path]:
         rows = [{"seed": about["config"]["seed"], **row} for about, row in zip(abouts, rows, strict=True)]
     device = rows[0]["device"]
     run = {"sittings": [sitting for about in abouts for sitting in about["sittings"]], **abouts[0]["config"]}
-    result = save_result("speedrun", device, rows, config=run, device=device, root=out)
-    picture = out / "speedrun" / f"loss_{device}.png"
+    result = save_result("speedrun", name or device, rows, config=run, device=device, root=out)
+    picture = out / "speedrun" / f"loss_{name or device}.png"
     atomic_write(picture, (folders[0] / "loss.png").read_bytes())
     return [result, picture]
 

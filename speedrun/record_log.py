@@ -35,7 +35,7 @@ def write_log(path: Path, log: RaceLog) -> None:
         raise ValueError(f"{path}: {'; '.join(faults)}")
     lines, link = [], ""
     for row in ({"format": FORMAT, **log.about}, *log.steps, log.result):
-        text = json.dumps(jsonable(row), sort_keys=True)
+        text = json.dumps(jsonable(row))
         link = linked(link, text)
         lines.append(f'{text[:-1]}, "link": "{link}"}}\n')
     atomic_write(path, "".join(lines))
@@ -69,7 +69,7 @@ def read_chain(path: Path) -> RaceLog:
         link = linked(link, f"{text}}}")
         if not mark or end != f'{link}"}}':
             raise ValueError(f"{path}, line {number}: changed, or the one before it is gone: its link does not fit")
-        rows.append(json.loads(f"{text}}}"))
+        rows.append(parsed(f"{text}}}", f"{path}, line {number}"))
     if rest:
         raise ValueError(f"{path}, line {len(lines) + 1}: changed, or cut off: expected the end of the log")
     about, *steps, result = rows
@@ -78,6 +78,17 @@ def read_chain(path: Path) -> RaceLog:
     if any("step" not in row for row in steps) or "steps" not in result:
         raise ValueError(f"{path}: expected a step in each line but the first and the last, which has the result")
     return RaceLog(about, steps, result)
+
+
+def parsed(text: str, where: str) -> dict[str, Any]:
+    """Raises ValueError for JSON that a reader could take for something else: the last of two equal keys counts."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"{where}: no JSON: expected a line that a race wrote") from None
+    if json.dumps(row) != text:
+        raise ValueError(f"{where}: JSON that no race wrote: expected each key once, and numbers as Python writes them")
+    return row
 
 
 def contradictions(log: RaceLog) -> list[str]:
@@ -116,8 +127,9 @@ def strange(row: Mapping[str, Any]) -> list[str]:
 def number(row: Mapping[str, Any], name: str) -> float:
     """The value as a float, finite; nan where it is missing or anything else."""
     value = row.get(name)
-    plain = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if plain else math.nan
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
+        return math.nan
+    return float(value)
 
 
 def seconds_to(target: float, steps: Sequence[Mapping[str, Any]]) -> float | None:

@@ -20,7 +20,7 @@ from minigpt.train import reproducible
 from speedrun.config import RaceConfig
 from speedrun.record_log import RaceLog
 from speedrun.schedule import plan
-from speedrun.state import machine
+from speedrun.state import Run, machine
 from speedrun.train import batches, change, gradients, prepare, update
 
 # Of a loss, where another machine, another number of ranks or a GPU adds up in another order.
@@ -32,6 +32,7 @@ class Rerun:
     losses: list[float]  # of steps 1, 2, ...
     tolerance: float  # relative; 0 where the same bits are expected
     why: str  # that tolerance
+    sizes: list[int]  # bytes that the targets of every step of the race have, in steps 1, 2, ...
 
 
 def rerun(log: RaceLog, steps: int) -> Rerun:
@@ -48,10 +49,11 @@ def rerun(log: RaceLog, steps: int) -> Rerun:
         if run.data.digest != about["data_digest"]:
             there, here = about["data_digest"][:12], run.data.digest[:12]
             raise ValueError(f"the text here is another, digest {here}: expected the log's, {there}")
-        return Rerun(losses_of(run, steps), *expected(about, machine(run), device_name(world.device)))
+        fits = expected(about, machine(run), device_name(world.device))
+        return Rerun(losses_of(run, steps), *fits, sizes_of(run))
 
 
-def losses_of(run: Any, steps: int) -> list[float]:
+def losses_of(run: Run, steps: int) -> list[float]:
     """The loop of speedrun/train.py without its clock, logs and looks."""
     make, losses = batches(run), []
     with reproducible(run.config.compile and run.world.device.type == "cpu"):
@@ -64,9 +66,15 @@ def losses_of(run: Any, steps: int) -> list[float]:
     return losses
 
 
+def sizes_of(run: Run) -> list[int]:
+    """Which batches those of a race are, told by their bytes: nothing of this needs the model."""
+    make = batches(run)
+    return [int(run.data.byte_lengths[make(step)[1]].sum()) for step in range(run.config.steps)]
+
+
 def expected(about: dict[str, Any], here: dict[str, Any], name: str) -> tuple[float, str]:
     """(Tolerance, why): none where a CPU of the same name adds up the same numbers in the same order."""
-    there = {key: about[key] for key in here}
+    there = {key: about.get(key) for key in here}
     others = [f"{key} {here[key]} instead of {there[key]}" for key in here if here[key] != there[key]]
     others += [f"{name} instead of {about['machine']}"] if name != about["machine"] else []
     others += ["a GPU's sums have no fixed order"] if here["device"] != "cpu" else []

@@ -25,6 +25,12 @@ class Track:
     limit_seconds: float  # of training, where a race is for what can be reached in that time; 0: for time to the target
     held_out: int  # predicted tokens that count, from the start of the held-out text; 0 for all
     rules: tuple[str, ...]
+    longer: tuple[tuple[float, float], ...] = ()  # the same race in more seconds, to a lower target: (seconds, target)
+
+    @property
+    def races(self) -> tuple[tuple[float, float], ...]:
+        """(seconds, target) of each race for what can be reached in a time, the shortest first."""
+        return ((self.limit_seconds, self.target), *self.longer) if self.limit_seconds else ()
 
 
 BITS, NATS = "bits per byte", "nats per token"
@@ -39,9 +45,11 @@ TRACKS = {
         rules=(
             "Two CPU cores, one or two processes.",
             "The text is the standard library of the Python that runs; its digest and the version of Python are told.",
-            "Two races: the fewest bits per byte after 300 seconds, and the fewest seconds to 1.35 bits per byte.",
+            "Three races: the fewest bits per byte after 300 seconds, below 1.35; the fewest after 900 seconds, below "
+            "1.23; the fewest seconds to 1.35.",
             TOKENIZER, CLOCK, HELD_OUT, SEEDS,
         ),
+        longer=((900.0, 1.23),),
     ),
     "one-gpu": Track(
         "one-gpu", corpus="python", tokenizer="", device="cuda", target=0.90, unit=BITS, limit_seconds=0.0, held_out=0,
@@ -135,8 +143,9 @@ def table() -> str:
     """All tracks and their rules, as markdown."""
     lines = ["| track | corpus | target | time |", "|---|---|---|---|"]
     for track in TRACKS.values():
-        limit = f"{track.limit_seconds:.0f} s" if track.limit_seconds else "to the target"
-        lines.append(f"| {track.name} | `{track.corpus}` | {track.target:.2f} {track.unit} | {limit} |")
+        for seconds, target in track.races or ((0.0, track.target),):
+            limit = f"{seconds:.0f} s" if seconds else "to the target"
+            lines.append(f"| {track.name} | `{track.corpus}` | {target:.2f} {track.unit} | {limit} |")
     for track in TRACKS.values():
         lines += ["", f"**{track.name}**", "", *(f"* {rule}" for rule in track.rules)]
     return "\n".join(lines)

@@ -37,12 +37,15 @@ def test_records_are_ranked_by_value_in_the_time_and_by_seconds_to_the_target(tm
     file(tmp_path, "best", 1.25, 290.0)
     file(tmp_path, "slow", 1.20, 500.0)
     file(tmp_path, "quick", 1.34, 100.0)
+    file(tmp_path, "slowest", 1.10, 910.0)
     text = page(*read_records(tmp_path))
     found = [(row[0], row[1]) for row in rows(text)]
     in_time = [("1", "best"), ("2", "middle"), ("3", "quick")]
-    to_target = [("1", "quick"), ("2", "middle"), ("3", "best"), ("4", "slow")]
-    assert found == [("rank", "name"), *in_time, ("rank", "name"), *to_target]
-    assert text.index("after 300 s") < text.index("to 1.35 bits per byte")
+    longer = [("1", "slow")]  # "best" has the time too, but is not below 1.23
+    to_target = [("1", "quick"), ("2", "middle"), ("3", "best"), ("4", "slow"), ("5", "slowest")]
+    assert found == [("rank", "name"), *in_time, ("rank", "name"), *longer, ("rank", "name"), *to_target]
+    assert text.index("after 300 s") < text.index("after 900 s") < text.index("to 1.35 bits per byte")
+    assert "p against 1.23" in text
 
 
 def test_a_row_by_hand(tmp_path):
@@ -59,7 +62,7 @@ def test_a_row_by_hand(tmp_path):
 
 def test_machines_and_texts_have_tables_of_their_own(tmp_path):
     file(tmp_path, "here", 1.28)
-    file(tmp_path, "elsewhere", 1.20, data_digest="f" * 64)
+    file(tmp_path, "elsewhere", 1.25, data_digest="f" * 64)
     logs = [made(seed, 1.25 + change, machine="z-cpu-2threads") for seed, change in enumerate(CHANGE)]
     for log in logs:
         log.about["sittings"][0]["name"] = "z-cpu-2threads"
@@ -80,7 +83,7 @@ def test_records_that_fail_are_named_with_the_reason_and_not_listed(tmp_path):
     path = tmp_path / "laptop" / "edited" / "1.jsonl"
     text = path.read_text()
     at = text.index('"loss": 4.5')
-    path.write_text(text[:at] + '"loss": 4.4' + text[at + 11 :])
+    path.write_text(text[:at] + '"loss": 4.4' + text[at + 11 :])  # the rest of the number stays
     write_record(tmp_path / "laptop" / "single", [made(0, 1.1)])
     (tmp_path / "laptop" / "empty").mkdir()
     page_text = page(*read_records(tmp_path))

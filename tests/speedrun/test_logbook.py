@@ -15,6 +15,7 @@ from common.dist import World
 from minigpt.checkpoint import load_checkpoint, load_run
 from minigpt.data import load_data
 from speedrun import leaderboard, record, verify
+from speedrun.doubts import bytes_of
 from speedrun.presets import PRESETS
 from speedrun.record_log import digest_of, read_log, source_digests
 from speedrun.rerun import expected
@@ -50,7 +51,8 @@ def test_the_log_of_a_run_is_its_numbers(alone):
     assert len(log.steps) == 24
     for step, metric, time in zip(log.steps, metrics, timing, strict=True):
         assert {name: step[name] for name in metric} == metric
-        assert step["seconds"] == time["step_ms"] / 1e3 and step["tokens_per_s"] == time["tokens_per_s"]
+        assert step["seconds"] == time["step_ms"] / 1e3
+        assert step["seconds"] * time["tokens_per_s"] == pytest.approx(4 * 64), "tokens of a step"
     checkpoint = load_checkpoint(alone)[0]
     assert log.result["bits_per_byte"] == metrics[-1]["held_out_bits_per_byte"]
     assert log.result["train_seconds"] == checkpoint.state["seconds"] and log.result["tokens"] == 24 * 4 * 64
@@ -99,11 +101,12 @@ def test_a_resumed_run_leaves_the_log_of_the_undisturbed_one_but_for_seconds(alo
     assert not (folder / "race.jsonl").exists() and len(rows(folder, "metrics")) == 12
     race(replace(CONFIG, folder=folder, resume=True), WORLD)
     ours, theirs = (read_log(each / "race.jsonl") for each in (folder, alone))
-    seconds = {"seconds", "tokens_per_s", "train_seconds", "compile_seconds"}
+    seconds = {"seconds", "train_seconds", "compile_seconds"}
     for one, other in zip([*ours.steps, ours.result], [*theirs.steps, theirs.result], strict=True):
         assert one.keys() == other.keys() and without(one, seconds) == without(other, seconds)
     assert [sitting["step"] for sitting in ours.about["sittings"]] == [0, 10]
-    assert without(ours.about, {"sittings"}) == without(theirs.about, {"sittings"})
+    times = {"sittings", "date", "ended"}
+    assert without(ours.about, times) == without(theirs.about, times)
     assert [each.text for each in verify.verify_log(folder / "race.jsonl")[1] if not each.good] == []
     before = (folder / "race.jsonl").read_bytes()
     race(replace(CONFIG, folder=folder, resume=True), WORLD)
@@ -136,11 +139,18 @@ def test_a_program_that_changed_between_sittings_is_in_the_log(tmp_path):
 def test_the_first_steps_run_again(alone):
     log = read_log(alone / "race.jsonl")
     found = verify.verify_rerun(log, 4)
-    assert [each.good for each in found] == [True] and "bit for bit" in found[0].text
+    assert [each.good for each in found] == [True, True] and "bit for bit" in found[0].text
+    assert found[1].text == "batches: all 24 are those of the seed"
     bent = copy.deepcopy(log)
     bent.steps[2]["loss"] *= 1 + 1e-6
     found = verify.verify_rerun(bent, 4)
-    assert [each.good for each in found] == [False] and "rerun: line 4, loss:" in found[0].text
+    assert found[0].good is False and "rerun: line 4, loss:" in found[0].text
+    other, size = copy.deepcopy(log), bytes_of(log.steps[19], 256)
+    other.steps[19]["train_bits_per_byte"] *= size / (size + 1)  # one byte more, in a step that is not computed again
+    found = verify.verify_rerun(other, 1)
+    assert found[0].good and found[1].text == (
+        f"batches: line 21, train_bits_per_byte: of {size + 1:,.1f} bytes, while the batch has {size:,.0f}"
+    )
     bent.about["data_digest"] = "0" * 64
     assert "the text here is another" in verify.verify_rerun(bent, 4)[0].text
     assert "expected 1 to 24" in verify.verify_rerun(log, 25)[0].text
@@ -167,7 +177,7 @@ def test_the_program_says_where_a_log_was_edited(alone, tmp_path, monkeypatch, c
     monkeypatch.setattr(verify, "commit_of", lambda sources, named: (None, ["speedrun/x.py"]))
     assert started(monkeypatch, verify.main, alone / "race.jsonl") == 1
     out = capsys.readouterr().out
-    assert "WRONG  program: no commit here has these files" in out and "invented as a whole passes" in out
+    assert "WRONG  program: no commit here has these files" in out and "No arithmetic on a log finds" in out
     at = text.index('"loss"', len(text) // 2) + 9
     (tmp_path / "edited.jsonl").write_text(text[:at] + ("7" if text[at] != "7" else "8") + text[at + 1 :])
     assert started(monkeypatch, verify.main, tmp_path / "edited.jsonl") == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from speedrun.record import RecordConfig, record
-from speedrun.record_log import read_log, write_log
+from speedrun.record_log import RaceLog, read_log, write_log
 from tests.speedrun.race_logs import made
 
 
@@ -35,12 +35,14 @@ def test_seeds_become_a_record(tmp_path):
     assert all(read_log(path) == read_log(folder / "race.jsonl") for path, folder in zip(logs, folders, strict=True))
     rows = json.loads(result.read_text())["rows"]
     assert [row["seed"] for row in rows] == [3, 1] and rows[0]["xz"] == 1.5 and rows[0]["held_out_looks"] == [[2, 1.4]]
-    assert picture.read_bytes() == b"picture of 3"
+    assert picture.read_bytes() == b"picture of 3" and picture.name == "loss_first.png"
+    assert result.name.startswith("first_"), "another race's result of the same day stays"
 
 
 def test_one_run_without_a_name_is_a_result_alone(tmp_path):
     paths = record(RecordConfig(finished(tmp_path / "run", 0), tmp_path / "results"))
-    assert len(paths) == 2 and "seed" not in json.loads(paths[0].read_text())["rows"][0]
+    assert len(paths) == 2 and paths[0].name.startswith("cpu_") and paths[1].name == "loss_cpu.png"
+    assert "seed" not in json.loads(paths[0].read_text())["rows"][0]
 
 
 def refused(tmp_path: Path, text: str, *folders: Path, name: str = "first") -> None:
@@ -63,7 +65,13 @@ def test_runs_that_do_not_belong_together(tmp_path):
         tmp_path, "data_digest of seed 1 is not that of seed 0", first, finished(tmp_path / "c", 1, data_digest="f")
     )
     refused(tmp_path, "source of seed 1 is not that", first, finished(tmp_path / "d", 1, source="f"))
+    copied = finished(tmp_path / "h", 1)
+    log = made(1)
+    write_log(copied / "race.jsonl", RaceLog(log.about, made(0).steps, made(0).result))
+    refused(tmp_path, "seeds 0 and 1 have the same seconds in most steps: they are one run", first, copied)
     refused(tmp_path, "machine of seed 1 is not that", first, finished(tmp_path / "e", 1, machine="f"))
+    eight = [finished(tmp_path / f"eight{seed}", seed, threads=8) for seed in range(2)]
+    refused(tmp_path, "race.jsonl does not pass speedrun.verify: sittings: line 1, threads: 2 and 8", *eight)
     config = {**made(1).about["config"], "muon_lr": 0.5}
     refused(tmp_path, "muon_lr of seed 1 is not that of seed 0: 0.5 and 0.014", first,
             finished(tmp_path / "g", 1, config=config))  # fmt: skip
@@ -75,7 +83,7 @@ def test_names_and_tracks(tmp_path):
     refused(tmp_path, r"name '\.\./x': expected lower case letters", first, name="../x")
     refused(tmp_path, "is a run of no track", finished(tmp_path / "none", 0, track=""))
     text = (first / "race.jsonl").read_text()
-    (first / "race.jsonl").write_text(text.replace('"loss": 4.5', '"loss": 4.4'))
+    (first / "race.jsonl").write_text(text.replace('"loss": 4.5', '"loss": 4.4', 1))
     refused(tmp_path, "race.jsonl, line 5: changed", first, second)
 
 

@@ -10,6 +10,7 @@ from speedrun.record_log import (
     RaceLog,
     contradictions,
     digest_of,
+    linked,
     one_sided_p,
     read_log,
     seconds_to,
@@ -112,6 +113,31 @@ def test_numbers_that_contradict_each_other(tmp_path):
     with pytest.raises(ValueError, match="bits_per_byte 2.0"):
         write_log(tmp_path / "x.jsonl", RaceLog(log().about, log().steps, {**log().result, "bits_per_byte": 2.0}))
     assert not (tmp_path / "x.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    "old_new",
+    [('"loss": 3.0', '"loss": 9.0, "loss": 3.0'), ('"loss": 3.0', '"loss":  3.0'), ('"loss": 3.0', '"loss": 3.00'),
+     ('"loss": 3.0', '"loss": x')],
+)  # fmt: skip
+def test_a_chain_over_lines_that_no_race_wrote(tmp_path, old_new):
+    """A reader sees the first of two equal keys, a program the last."""
+    path, link = tmp_path / "race.jsonl", ""
+    write_log(path, log())
+    lines = []
+    for line in path.read_text().splitlines():
+        text = line.rpartition(', "link"')[0].replace(*old_new)
+        link = linked(link, f"{text}}}")
+        lines.append(f'{text}, "link": "{link}"}}\n')
+    path.write_text("".join(lines))
+    with pytest.raises(ValueError, match=r"race.jsonl, line 2: (JSON that no race wrote|no JSON)"):
+        read_log(path)
+
+
+def test_a_number_beyond_floats_is_none(tmp_path):
+    bent = log()
+    bent.steps[1]["seconds"] = 10**400
+    assert "line 3, seconds: step 2" in contradictions(bent)[0]
 
 
 @pytest.mark.parametrize("text", ["", "{}\n", "a\nb\nc\n"])
