@@ -48,7 +48,8 @@ endif
 
 # A run that was killed goes on, a finished one only says again what it reached; ARGS="--folder runs/second" starts another.
 speedrun: native
-	$(RUN) -m speedrun.train $(or $(ARGS),$(if $(wildcard runs/speedrun/checkpoints/step_*),--resume))
+	$(RUN) -m speedrun.train \
+	  $(or $(ARGS),--folder runs/speedrun $(if $(wildcard runs/speedrun/checkpoints/step_*),--resume))
 
 # Without a C++ compiler the Python versions do the work; with one, a build that fails is an error. One build folder for
 # each kind of interpreter; configured once, after that CMake itself sees what has changed.
@@ -97,8 +98,9 @@ gpu: native
 	$(RUN) -m lora.bench --device cuda --out $(OUT)
 	$(RUN) -m speedrun.winners --measured $(OUT)
 	rm -rf build/speedrun build/speedrun-torch
-	$(RUN) -m speedrun.train --preset one-gpu --steps 150 --attention torch --kernels torch --folder build/speedrun-torch
-	$(RUN) -m speedrun.train --preset one-gpu --steps 600 --measured $(OUT) --folder build/speedrun
+	$(RUN) -m speedrun.train --preset one-gpu --corpus stdlib --steps 75 --attention torch --kernels torch \
+	  --folder build/speedrun-torch
+	$(RUN) -m speedrun.train --preset one-gpu --steps 400 --measured $(OUT) --folder build/speedrun
 	$(RUN) -m speedrun.record --folder build/speedrun --out $(OUT)
 
 # The kernels' GPU tests under NVIDIA's own checks, which take long: what the model finds, and what it cannot.

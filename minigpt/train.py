@@ -188,14 +188,17 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def configured(argv: list[str] | None, *, presets: dict[str, TrainConfig], default_preset: str) -> TrainConfig:
+def configured(
+    argv: list[str] | None,
+    *,
+    presets: dict[str, TrainConfig],
+    default_preset: str,
+    description: str = "train a GPT on a corpus",
+) -> TrainConfig:
     """The config of a command line, of the presets' class. With --resume it is the stored one; flags beside it are
     kept, and then compared."""
-    prog, text = cli.program(), "train a GPT on a corpus"
-    config_class = type(presets[default_preset])
-    config, explicit = cli.parse_explicit(
-        config_class, argv, presets=presets, default_preset=default_preset, prog=prog, description=text
-    )
+    config_class, about = type(presets[default_preset]), {"prog": cli.program(), "description": description}
+    config, explicit = cli.parse_explicit(config_class, argv, presets=presets, default_preset=default_preset, **about)
     if not config.resume or "preset" in explicit:
         return config
     stored = load_checkpoint(config.folder)[0].state["train_config"]

@@ -17,7 +17,6 @@ from speedrun.schedule import plan
 from speedrun.tracks import TRACKS, Track, is_on
 
 CORES = 2  # of a race on a CPU
-GPUS = {"one-gpu": 1, "fineweb": 8}  # at most
 SHOWN = 3  # findings of one kind; the rest is counted
 
 
@@ -216,7 +215,7 @@ def of_track(log: RaceLog, track: Track) -> Iterator[str]:
         yield f"line 1, device: {about['device']}, expected {track.device}"
     if about["device"] == "cpu" and not about["threads"] * about["ranks"] <= CORES:
         yield f"line 1, threads: {about['threads']} on each of {about['ranks']} ranks, expected {CORES} cores"
-    if about["device"] == "cuda" and not about["ranks"] <= GPUS.get(track.name, 0):
-        yield f"line 1, ranks: {about['ranks']} GPUs, expected at most {GPUS.get(track.name, 0)}"
+    if about["device"] == "cuda" and not about["ranks"] <= track.gpus:
+        yield f"line 1, ranks: {about['ranks']} GPUs, expected at most {track.gpus}"
     if track.held_out and about["held_out_tokens"] != track.held_out:
         yield f"line 1, held_out_tokens: {about['held_out_tokens']:,}, expected {track.held_out:,}"

@@ -87,8 +87,13 @@ class RaceConfig(TrainConfig):
             raise ValueError("documents and document_mask: expected one of them, documents sees to the mask too")
         if self.untie_at and not self.tied:
             raise ValueError(f"untie_at {self.untie_at} with an untied head: expected --tied, or 0")
-        if self.yarn and not self.windows:
-            raise ValueError("yarn without windows: expected --windows that grow, like '64,128'")
+        windows = numbers(self.windows)
+        if self.yarn and not (windows and windows == sorted(windows)):
+            raise ValueError(f"yarn with windows {self.windows!r}: expected --windows that grow, like '64,128'")
+        if self.yarn and self.positions != "rotary":
+            raise ValueError(f"yarn with positions {self.positions}: expected rotary, it stretches what turns")
+        if windows and "S" not in self.window_pattern:
+            raise ValueError(f"windows with window_pattern {self.window_pattern!r}: expected an S, a layer that slides")
         if self.cuda_graphs and not self.compile:
             raise ValueError("cuda_graphs without compile: expected both")
         if self.fp8_head and self.tied:

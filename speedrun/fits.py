@@ -3,7 +3,7 @@
 `need` predicts what a rank holds at the worst moment of a run; `check_memory` compares it with what is free, and says
 what would fit; `check_machine` compares the ranks' devices with each other and with the track. The formula is for
 layers one by one: a compiled model needs less, and what the allocator loses comes on top. Refused: too little memory,
-GPUs of several kinds, a device that is not the track's.
+GPUs of several kinds, a device or a number of GPUs that is not the track's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,11 @@ from common.dist import World
 from minigpt.config import GPTConfig
 from parallel import memory
 from speedrun.config import RaceConfig
-from speedrun.presets import PRESETS, over
+from speedrun.presets import BASELINES, PRESETS, over
 from speedrun.schedule import whole
-from speedrun.tracks import TRACKS
+from speedrun.tracks import TRACKS, Track
 
-EVALUATION_ROWS = 16  # windows at a time, as speedrun/train.py evaluates
+EVALUATION_ROWS = 16  # windows at a time, when a race evaluates
 GPT2_VOCAB = 50_257
 
 
@@ -103,7 +103,8 @@ def check_memory(config: RaceConfig, vocab_size: int, ranks: int, free: int | No
     text = f"this run needs about {gib(wanted)} of GPU memory, {gib(free)} are free"
     if found := fitting_parts(config, vocab_size, ranks, free, half):
         raise UserError(f"{text}: --accumulate {found[0]} needs {gib(found[1])}")
-    names = fitting_presets(PRESETS, ranks, free)
+    # A baseline's name means another size on each track.
+    names = fitting_presets({name: p for name, p in PRESETS.items() if name not in BASELINES}, ranks, free)
     raise UserError(f"{text}, and no --accumulate makes it fit: presets that do: {', '.join(names) or 'none'}")
 
 
@@ -144,11 +145,10 @@ def check_machine(track: str, world: World, name: str | None = None) -> None:
     """All ranks call it alike; `name` is what this rank's device is called, by default as torch does.
 
     Raises UserError on every rank where they are of several kinds: the slowest would set the pace, and no time could be
-    compared. Raises ValueError where the track is for another kind of device.
+    compared. Raises ValueError where the track is for another kind of device, or for fewer GPUs.
     """
-    wanted = TRACKS[track].device if track else ""
-    if wanted not in ("", world.device.type):
-        raise ValueError(f"track {track} on {world.device.type}: expected {wanted}; --track '' is for a run on none")
+    if track:
+        refuse_off_track(TRACKS[track], world)
     if world.world_size == 1:
         return
     if name is None:
@@ -156,6 +156,18 @@ def check_machine(track: str, world: World, name: str | None = None) -> None:
     names = [""] * world.world_size
     dist.all_gather_object(names, name)
     check_same(names)
+
+
+def refuse_off_track(track: Track, world: World) -> None:
+    """Raises ValueError where the rules of the track are for another machine."""
+    device, ranks = world.device.type, world.world_size
+    if track.device not in ("", device):
+        here = [name for name, other in TRACKS.items() if other.device == device]
+        raise ValueError(f"track {track.name} on {device}: expected {track.device}; on {device} there is --track "
+                         f"{' or '.join(here)}, and --preset NAME --track '' for a run on none")  # fmt: skip
+    if device == "cuda" and ranks > track.gpus:
+        raise ValueError(f"track {track.name} on {ranks} GPUs: expected at most {track.gpus}; --track '' is for a run "
+                         f"on none")  # fmt: skip
 
 
 def check_same(names: Sequence[str]) -> None:

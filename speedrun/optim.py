@@ -193,6 +193,17 @@ def mean_share(gradients: Sequence[Tensor | None], comm: Comm | None) -> tuple[T
     return own_NRC, comm.reduce_scatter(all_NRC, own_NRC, "mean", async_=True, tag="gradients of matrices")
 
 
+def clip(parameters: Sequence[nn.Parameter], largest: float, comm: Comm | None) -> None:
+    """Scales all gradients alike where their mean over the ranks is longer than `largest`. No rank knows that length
+    from its own gradients: they are all exchanged once more."""
+    if comm is None or comm.size == 1:
+        torch.nn.utils.clip_grad_norm_(parameters, largest)
+        return
+    mean = torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
+    comm.all_reduce(mean, "mean", tag="gradients, to clip them")
+    torch.nn.utils.clip_grads_with_norm_(parameters, largest, mean.norm())
+
+
 def handed_round(
     own: Sequence[Tensor], same: Sequence[Tensor], comm: Comm | None
 ) -> tuple[Sequence[Tensor], Tensor | None, Work]:

@@ -40,11 +40,12 @@ ONE_GPU = replace(
     batch=64, accumulate=1, steps=1500, floor=0.1, eval_every=250, checkpoint_every=500, attention="auto",
     kernels="auto",
 )  # fmt: skip
+# What changes on the way changes at two steps, so that three programs are compiled and no more.
 FINEWEB = replace(
     ONE_GPU, track="fineweb", folder=Path("runs/fineweb"), corpus="fineweb10B:5", tokenizer="auto", layers=12,
-    bigrams=251_520, tied=True, untie_at=0.67, context=2048, contexts="1024,2048,2048", eval_stride=1024, batch=64,
+    bigrams=251_520, tied=True, untie_at=2 / 3, context=2048, contexts="1024,2048,2048", eval_stride=1024, batch=64,
     batches="64,128,192", accumulate=16, windows="128,384,768", window_pattern="SSSL", yarn=True, mtp="1,0.5,0.25",
-    mtp_until=0.67, steps=1500, floor=0.15, documents=True,
+    mtp_until=2 / 3, steps=1500, floor=0.15, documents=True,
 )  # fmt: skip
 
 # What nanoGPT trains: GPT-2 without biases, AdamW at one rate for everything, a cosine. Small models at its rates for
@@ -63,7 +64,7 @@ SMALL = {"learning_rate": 1e-3, "beta2": 0.99, "warmup": 100}
 LARGE = {"learning_rate": 6e-4, "beta2": 0.95}
 
 # modded-nanogpt's record 21, as far as there are switches: its layer without attention and its three tables of value
-# embeddings, each for two layers, are not.
+# embeddings, each for two layers, are not; its windows grow in four steps, and its long layers see the whole row.
 RECORD21 = {
     "mlp": "relu2", "value_embeddings": True, "value_gate": False, "attention_gate": False, "x0_skip": True,
     "unet_skips": True, "backout": False, "smear": False, "bigrams": 0, "tied": False, "untie_at": 0.0,
@@ -102,7 +103,7 @@ ON_TRACK = {
             heads=12, kv_heads=12, context=1024, batch=512, accumulate=16, steps=19_560,
         ),
         "record21": replace(
-            FINEWEB, **(RECORD21 | {"windows": "128,640,1152,1792"}), folder=Path("runs/record21-fineweb"),
+            FINEWEB, **(RECORD21 | {"windows": "128,384,640,896"}), folder=Path("runs/record21-fineweb"),
             corpus="fineweb10B:8", batch=192, window_pattern="LSSSLSSLSSSL", steps=1770,
         ),
     },
@@ -112,7 +113,12 @@ SMOKE = replace(
     context=64, batch=4, eval_stride=64, steps=40, warmup=5, eval_every=10, eval_windows=16, checkpoint_every=10,
     compile=False, clip=0.0,
 )  # fmt: skip
-PRESETS = ON_TRACK["fineweb"] | ON_TRACK["one-gpu"] | ON_TRACK["laptop"] | {"smoke": SMOKE}  # baselines: the laptop's
+BASELINES = ("nanogpt", "record21")  # of every track; where none is named, those of the laptop
+PRESETS = ON_TRACK["fineweb"] | ON_TRACK["one-gpu"] | ON_TRACK["laptop"] | {"smoke": SMOKE}
+ABOUT = (
+    "Train a GPT, and race for what it reaches: python -m speedrun.tracks prints the tracks. Each has a preset of its "
+    "name, and the baselines nanogpt and record21; any flag overrides the preset."
+)
 
 
 def from_command_line(argv: Sequence[str] | None = None) -> RaceConfig:
@@ -124,15 +130,17 @@ def from_command_line(argv: Sequence[str] | None = None) -> RaceConfig:
         early.add_argument(flag, default="", nargs="?", const="")  # what lacks its value, the whole parser refuses
     asked = early.parse_known_args(argv)[0]
     ranks = os.environ.get("WORLD_SIZE", "1")  # common.dist checks it
-    chosen = presets(asked.track, int(ranks) if ranks.isdecimal() and int(ranks) else 1, asked.corpus)
     cuda = asked.device != "cpu" and torch.cuda.is_available()
-    return configured(argv, presets=chosen, default_preset=choose_preset(asked.track, cuda, has_compiler()))
+    default = choose_preset(asked.track, cuda, has_compiler())
+    ranks = int(ranks) if ranks.isdecimal() and int(ranks) else 1
+    chosen = presets(asked.track, ranks, asked.corpus, home=PRESETS[default].track)
+    return configured(argv, presets=chosen, default_preset=default, description=ABOUT)
 
 
-def presets(track: str = "", ranks: int = 1, corpus: str = "") -> dict[str, RaceConfig]:
-    """Those of a track, "" for all, on so many ranks. With another corpus than its track's a preset is on none, unless
-    a track was asked for."""
-    chosen = ON_TRACK.get(track, PRESETS)
+def presets(track: str = "", ranks: int = 1, corpus: str = "", home: str = "laptop") -> dict[str, RaceConfig]:
+    """Those of a track, "" for all with the baselines of `home`, on so many ranks. With another corpus than its track's
+    a preset is on none, unless a track was asked for."""
+    chosen = ON_TRACK.get(track, PRESETS | {name: ON_TRACK[home][name] for name in BASELINES})
     if corpus and not track:
         chosen = {
             name: preset if not preset.track or is_on(TRACKS[preset.track], corpus) else replace(preset, track="")

@@ -4,6 +4,7 @@ A run on a track can be compared with every other one on it, so a track fixes th
 config refuses flags that contradict its track, `judged` refuses held-out text that is too short for it.
 """
 
+import argparse
 import difflib
 import math
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ class Track:
     corpus: str  # what config.corpus is; "...:N" with any number
     tokenizer: str  # what config.tokenizer is; "" for any
     device: str  # "cpu" or "cuda"; "" for any
+    gpus: int  # at most, one to a rank; 0 for none
     target: float  # of the whole held-out text, or of its part that counts
     unit: str
     limit_seconds: float  # of training, where a race is for what can be reached in that time; 0: for time to the target
@@ -41,9 +43,10 @@ HELD_OUT = "No look at held-out text decides anything in the run; every held-out
 
 TRACKS = {
     "laptop": Track(
-        "laptop", corpus="stdlib", tokenizer="", device="cpu", target=1.35, unit=BITS, limit_seconds=300.0, held_out=0,
+        "laptop", corpus="stdlib", tokenizer="", device="cpu", gpus=0, target=1.35, unit=BITS, limit_seconds=300.0,
+        held_out=0,
         rules=(
-            "Two CPU cores, one or two processes.",
+            "Two CPU cores, one or two processes; OMP_NUM_THREADS=2 where there are more cores.",
             "The text is the standard library of the Python that runs; its digest and the version of Python are told.",
             "Three races: the fewest bits per byte after 300 seconds, below 1.35; the fewest after 900 seconds, below "
             "1.23; the fewest seconds to 1.35.",
@@ -52,7 +55,8 @@ TRACKS = {
         longer=((900.0, 1.23),),
     ),
     "one-gpu": Track(
-        "one-gpu", corpus="python", tokenizer="", device="cuda", target=0.90, unit=BITS, limit_seconds=0.0, held_out=0,
+        "one-gpu", corpus="python", tokenizer="", device="cuda", gpus=1, target=0.90, unit=BITS, limit_seconds=0.0,
+        held_out=0,
         rules=(
             "One GPU, one process, no network.",
             "The text is the standard library and the Python files of the installed packages: another machine has "
@@ -62,8 +66,8 @@ TRACKS = {
         ),
     ),
     "fineweb": Track(
-        "fineweb", corpus="fineweb10B:N", tokenizer="auto", device="", target=3.28, unit=NATS, limit_seconds=0.0,
-        held_out=10_485_760,
+        "fineweb", corpus="fineweb10B:N", tokenizer="auto", device="", gpus=8, target=3.28, unit=NATS,
+        limit_seconds=0.0, held_out=10_485_760,
         rules=(
             "One to eight GPUs, told apart.",
             "The text is FineWeb in GPT-2 tokens, in the speedrun community's shards, in any order.",
@@ -151,5 +155,11 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def main() -> None:
+    about = "print the tracks of the race: text, target, rules"
+    argparse.ArgumentParser(prog=cli.program(), description=about, allow_abbrev=False).parse_args()
+    print(table())
+
+
 if __name__ == "__main__":
-    cli.run(lambda: print(table()))
+    cli.run(main)

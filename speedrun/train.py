@@ -4,7 +4,7 @@
 What a step does is decided by the config and the step's number (speedrun/schedule.py), so a killed run resumes to the
 same numbers. The clock runs in the steps alone: neither compiling, nor looking at held-out text, nor saving is on it.
 N ranks share each batch and compute what one would. Refused: a folder that is taken, batches that ranks cannot share,
-gradient clipping on several ranks, going on after a NaN.
+an average of the weights, going on after a NaN.
 
 Shapes: B rows of this rank, T tokens in each, V vocabulary.
 """
@@ -37,11 +37,11 @@ from parallel.mesh import Layout, Mesh
 from speedrun import dashboard, report, tracks
 from speedrun.config import RaceConfig
 from speedrun.documents import DocumentRows, documents_of
-from speedrun.fits import check_machine, check_memory, free_memory
+from speedrun.fits import EVALUATION_ROWS, check_machine, check_memory, free_memory
 from speedrun.logbook import begin_sitting, finish_log
 from speedrun.loss import loss_of
 from speedrun.model import build, refuse, stretch, untie
-from speedrun.optim import Muon, Rows
+from speedrun.optim import Muon, Rows, clip
 from speedrun.presets import from_command_line
 from speedrun.schedule import Plan, plan
 from speedrun.spent import Spent, TimedComm
@@ -129,8 +129,6 @@ def check(config: RaceConfig, world: World) -> None:
         if rows % parts:
             raise ValueError(f"{rows} rows at step {step} over {world.world_size} ranks x accumulate "
                              f"{config.accumulate}: expected a multiple of {parts}")  # fmt: skip
-    if config.clip and world.world_size > 1:
-        raise ValueError(f"clip {config.clip} on {world.world_size} ranks: expected 0, no rank sees the whole gradient")
     if config.ema:
         raise ValueError(f"ema {config.ema}: expected 0, the race has no average of the weights")
 
@@ -170,14 +168,14 @@ def make_optimizers(run: Run) -> None:
 
 
 def batches(run: Run) -> Callable[[int], tuple]:
-    """step -> numpy (inputs_BT, targets_BT) of this rank, with documents what tells where they are. Rows of one length
-    are taken one after the other."""
-    config, world, counts = run.config, run.world, {}
+    """step -> numpy (inputs_BT, targets_BT) of this rank, with documents what tells where they are. Rows are taken one
+    after the other; longer or shorter ones go on where as many tokens are behind them."""
+    config, world, seen = run.config, run.world, 0
     firsts = []
     for step in range(config.steps):
         now = plan(step, config)
-        firsts.append(counts.get(now.context, 0))
-        counts[now.context] = firsts[-1] + now.rows
+        firsts.append(-(-seen // now.context))
+        seen = (firsts[-1] + now.rows) * now.context
 
     def make(step: int) -> tuple:
         now = plan(step, config)
@@ -231,7 +229,7 @@ def gradients(run: Run, now: Plan, inputs_BT: Tensor, targets_BT: Tensor, *where
 def update(run: Run, now: Plan) -> None:
     """One step of all optimizers. With overlap all collectives are on their way before the first update."""
     if run.config.clip:
-        torch.nn.utils.clip_grad_norm_(run.model.parameters(), run.config.clip)
+        clip(list(run.model.parameters()), run.config.clip, run.comm)
     for optimizer in optimizers(run) if run.config.overlap else ():
         optimizer.start()
     for optimizer in optimizers(run):
@@ -343,15 +341,17 @@ def read(
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """After the last step bits per byte of all held-out text, before it a look at some windows. Ranks share."""
+    """After the last step bits per byte of all held-out text, before it a look at some windows. Ranks share. A model
+    that was trained on single documents sees single documents here."""
     config, final = run.config, run.step == run.config.steps
     windows = held_out_windows(run.data.held_out.size, config.context, config.eval_stride)
     windows = windows if final else spread(windows, config.eval_windows)
     mine, device = windows[run.world.rank :: run.world.world_size], run.world.device
-    separator = run.data.tokenizer.separator if config.document_mask else None
+    separator = run.data.tokenizer.separator if config.document_mask or config.documents else None
     options = {"window": plan(run.step - 1, config).window} if config.windows else {}
     model = partial(run.model, separator=separator, **options)  # not compiled: the last windows are fewer
-    totals = score(model, run.data.held_out, run.data.byte_lengths, mine, rows=16, device=device, dtype=run.dtype)
+    given = run.data.held_out, run.data.byte_lengths, mine
+    totals = score(model, *given, rows=EVALUATION_ROWS, device=device, dtype=run.dtype)
     run.comm.all_reduce(totals, tag="held-out text")
     value = to_bits_per_byte(totals)
     if not final:

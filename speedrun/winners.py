@@ -4,7 +4,7 @@ Benchmarks of stage 3 leave results/cuda/{attention,fused,matmul}_<device>_<date
 the measured shape nearest to the config's, the least time of forward and backward pass wins: torch's own, ours in CUDA
 C++, ours in Triton. Operations are measured one by one, so what torch.compile gains by fusing two of them is not seen.
 Refused: kernels that do not run here, when a config names them; under "auto" these, and all on a device of which
-nothing was measured, are torch's.
+nothing was measured, are torch's. A file of times that is damaged.
 """
 
 import json
@@ -28,6 +28,12 @@ PRODUCTS = {"cuBLAS": "torch", "best_16": "cuda", "triton": "triton"}
 FUSED = {"ours": "cuda", "triton": "triton"}
 NORMS = {"rmsnorm": "rms_norm", "layernorm": "layer_norm"}
 LOSS = "linear + cross_entropy"
+# What is read of their rows.
+COLUMNS = {
+    "attention": {"step", "pass", "mask", "head_dim", "tokens", "us"},
+    "fused": {"operation", "by", "pass", "us"},
+    "matmul": {"step", "dtype", "regime", "m", "n", "k", "us"},
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,29 +158,41 @@ def measured(config: RaceConfig, device: str, root: Path) -> list[Row]:
 def rows_of(root: Path, name: str, device: str) -> list[dict[str, Any]]:
     """Of the newest file of a benchmark on a device."""
     paths = sorted((root / "cuda").glob(f"{name}_{device}_*.json"))  # dates sort as text
-    return json.loads(paths[-1].read_text())["rows"] if paths else []
+    if not paths:
+        return []
+    try:
+        rows = json.loads(paths[-1].read_text())["rows"]
+        if all(COLUMNS[name] <= row.keys() for row in rows):
+            return rows
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass
+    columns = ", ".join(sorted(COLUMNS[name]))
+    raise ValueError(f"{paths[-1]}: damaged: expected JSON with rows of {columns}; cuda.bench_{name} makes it anew")
 
 
 def of_attention(rows: list[dict[str, Any]], config: RaceConfig) -> Row | None:
-    """Causal, at the config's head width. A window leaves the order as it is: ours skip what torch's mask hides."""
+    """At the config's head width. Ours skip what a window and documents hide, so they are at least as fast as causal;
+    torch has to be given a mask, and computes all scores: it is at most as fast as without one."""
     from cuda.attention_ops import DEFAULT, HEAD_DIMS, TRITON_HEAD_DIMS
 
     width = config.head_width or config.width // config.heads
-    rows = [row for row in rows if row["head_dim"] == width and row["mask"] == "causal"]
+    masked = bool(config.window or config.windows or config.documents)
+    rows = [row for row in rows if row["head_dim"] == width]
     if not rows:
         return None
     tokens = min({row["tokens"] for row in rows}, key=lambda tokens: abs(math.log(tokens / config.context)))
-    taken = {(row["step"], row["pass"]): row["us"] for row in rows if row["tokens"] == tokens}
+    taken = {(row["step"], row["pass"], row["mask"]): row["us"] for row in rows if row["tokens"] == tokens}
 
-    def both(forward: str, backward: str) -> float:
-        return taken.get((forward, "forward"), math.inf) + taken.get((backward, "backward"), math.inf)
+    def both(forward: str, backward: str, mask: str = "causal") -> float:
+        return taken.get((forward, "forward", mask), math.inf) + taken.get((backward, "backward", mask), math.inf)
 
     us = {
-        "torch": min(both(name, name) for name in ("torch flash", "cuDNN")),
+        "torch": min(both(name, name, "full" if masked else "causal") for name in ("torch flash", "cuDNN")),
         "cuda": both(*DEFAULT["sm_90"]) if width in HEAD_DIMS else math.inf,
         "triton": both("triton", "triton") if width in TRITON_HEAD_DIMS else math.inf,
     }
-    return Row("attention", f"causal, head width {width}, {tokens} tokens", finite(us))
+    what = "causal, torch full" if masked else "causal"
+    return Row("attention", f"{what}, head width {width}, {tokens} tokens", finite(us))
 
 
 def of_fused(rows: list[dict[str, Any]], config: RaceConfig) -> list[Row]:
@@ -191,7 +209,7 @@ def of_fused(rows: list[dict[str, Any]], config: RaceConfig) -> list[Row]:
         names = {"torch.compile" if compiled else "torch": "torch", **FUSED}
         us = {who: sum(taken.get((by, which), math.inf) for which in passes) for by, who in names.items()}
         if passes:
-            found.append(Row(part, operation, finite(us)))
+            found.append(Row(part, operation + ", with --fused-loss" * (part == "loss"), finite(us)))
     return found
 
 

@@ -3,6 +3,7 @@
 import json
 import signal
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from common.dist import World, spawn
 from minigpt.batches import Prefetcher, TokenStream, rank_rows
 from minigpt.config import GPTConfig
+from minigpt.evaluate import bits_per_byte
 from minigpt.kv_cache import KVCache
 from minigpt.masks import Documents
 from minigpt.model import GPT
@@ -374,6 +376,15 @@ def test_a_step_has_the_gradient_of_its_documents(config, tmp_path):
         (a - p.grad).abs().max() <= 1e-4 * max(1, p.grad.abs().max().item())
         for a, p in zip(ours, run.model.parameters(), strict=True)
     )
+
+
+def test_held_out_documents_are_seen_alone_too(config, tmp_path):
+    """Across documents it would be judged on what it never trained on; so it says another number there."""
+    run = race(replace(config, folder=tmp_path / "run"), World(0, 1, 0, torch.device("cpu"), None))
+    told = run.data.held_out, run.data.byte_lengths
+    alone = partial(run.model, separator=run.data.tokenizer.separator)
+    expected, across = (bits_per_byte(model, *told, context=64, stride=64) for model in (alone, run.model))
+    assert abs(run.bits_per_byte - expected) <= 1e-6 and abs(across - expected) >= 1e-4
 
 
 def raced(rank: int, world_size: int, config: RaceConfig) -> dict[str, torch.Tensor]:

@@ -11,7 +11,7 @@ from minigpt.optim import Muon as PlainMuon
 from minigpt.optim import orthogonalize
 from parallel.comm import make_comm
 from parallel.mesh import Layout, Mesh
-from speedrun.optim import Muon, Rows, evened, halves, joined, share
+from speedrun.optim import Muon, Rows, clip, evened, halves, joined, share
 
 SHAPES = [(6, 4), (4, 6), (6, 4), (5, 5), (6, 4), (4, 6)]
 TABLES = [(8, 3), (7,), (6, 2), ()]
@@ -185,6 +185,30 @@ def test_shares_are_whole_and_disjoint():
         for size in (1, 2, 3, 8):
             owned = [i for rank in range(size) for i in range(*share(count, Fake(rank, size)))]
             assert owned == list(range(count))
+
+
+def clipped_on_ranks(rank: int, world_size: int, largest: float) -> list[torch.Tensor]:
+    """The mean over the ranks of what their gradients are after clipping."""
+    parameters = matrices()
+    give_gradients(parameters, 0, rank)
+    comm = make_comm(Mesh(Layout(dp=world_size), rank, world_size).group("dp"))
+    clip(parameters, largest, comm)
+    for p in parameters:
+        comm.all_reduce(p.grad, "mean")
+    return [p.grad for p in parameters]
+
+
+@pytest.mark.parametrize("largest", [0.5, 1e6])
+def test_ranks_clip_the_mean_of_their_gradients(largest):
+    by_rank = []
+    for rank in range(2):
+        give_gradients(parameters := matrices(), 0, rank)
+        by_rank.append([p.grad for p in parameters])
+    for p, *parts in zip(parameters, *by_rank, strict=True):
+        p.grad = torch.stack(parts).mean(0)
+    torch.nn.utils.clip_grad_norm_(parameters, largest)
+    for got in spawn(clipped_on_ranks, 2, largest):
+        assert errors(got, [p.grad for p in parameters]) <= 1e-12
 
 
 # -- bad input --

@@ -83,6 +83,13 @@ def test_one_to_eight_gpus_have_the_same_batch(name, ranks):
     assert over(alone, 3).accumulate == alone.accumulate, "three ranks do not divide it"
 
 
+@pytest.mark.parametrize("steps", [1500, 1499, 751, 20])
+def test_what_changes_in_fineweb_changes_at_two_steps(steps):
+    """Each kind of step is compiled: one that lasts for a few steps would cost minutes for nothing."""
+    config = replace(PRESETS["fineweb"], steps=steps)
+    assert len({plan(step, config).kind for step in range(steps)}) == 3
+
+
 # ---- choosing --------------------------------------------------------------------------------------------------------
 
 
@@ -115,6 +122,10 @@ def test_flags_choose_track_preset_and_parts(monkeypatch):
             found = asked("--preset", name, "--track", track, monkeypatch=monkeypatch)
             assert found == ON_TRACK[track][name] and found.track == track
     assert asked("--preset", "nanogpt", monkeypatch=monkeypatch) == ON_TRACK["laptop"]["nanogpt"]
+    for name in ("nanogpt", "record21"):  # beside what the machine races by default
+        assert asked("--preset", name, monkeypatch=monkeypatch, cuda=True) == ON_TRACK["one-gpu"][name]
+        on_cpu = asked("--preset", name, "--device", "cpu", monkeypatch=monkeypatch, cuda=True)
+        assert on_cpu == ON_TRACK["laptop"][name]
 
 
 def test_own_text_is_on_no_track(monkeypatch, tmp_path):
@@ -227,7 +238,8 @@ def test_too_little_memory_names_what_fits():
     assert need(replace(config, accumulate=parts // 2), 16_384).total > 16 * GIB, "the fewest"
     with pytest.raises(UserError, match=rf"needs about .* GiB .*, 16.0 GiB are free: --accumulate {parts} needs"):
         check_memory(config, 16_384, 1, 16 * GIB)
-    with pytest.raises(UserError, match="and no --accumulate makes it fit: presets that do: .*laptop.*, smoke$"):
+    fitting = "laptop-15, laptop(-eager)?, laptop(-eager)?, laptop-short, smoke"
+    with pytest.raises(UserError, match=f"and no --accumulate makes it fit: presets that do: {fitting}$"):
         check_memory(config, 16_384, 1, GIB)
     with pytest.raises(UserError, match="presets that do: none$"):
         check_memory(config, 16_384, 1, 2**20)
@@ -272,5 +284,12 @@ def test_every_rank_refuses_mixed_gpus():
 
 def test_a_track_for_another_device():
     check_machine("laptop", ALONE)
-    with pytest.raises(ValueError, match="track one-gpu on cpu: expected cuda"):
+    with pytest.raises(ValueError, match="track one-gpu on cpu: expected cuda; on cpu there is --track laptop, and"):
         check_machine("one-gpu", ALONE)
+
+
+def test_more_gpus_than_a_track_allows():
+    for track, gpus in (("one-gpu", 1), ("fineweb", 8)):
+        world = World(0, gpus + 1, 0, torch.device("cuda"), "nccl")
+        with pytest.raises(ValueError, match=f"track {track} on {gpus + 1} GPUs: expected at most {gpus}; --track ''"):
+            check_machine(track, world, "NVIDIA H100")

@@ -38,7 +38,8 @@ def alone(tmp_path_factory, corpus) -> tuple[Path, str]:
 
 
 def flags(folder: Path, corpus: Path) -> list:
-    return ["--preset", "smoke", "--folder", folder, "--corpus", corpus, "--dtype", "float32", "--device", "cpu"]
+    return ["--preset", "smoke", "--folder", folder, "--corpus", corpus, "--dtype", "float32", "--device", "cpu",
+            "--clip", 1]  # fmt: skip
 
 
 def rows(folder: Path) -> list[dict]:

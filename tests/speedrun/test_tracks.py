@@ -15,7 +15,7 @@ from minigpt.corpus import load_corpus
 from minigpt.data import TokenData, load_data
 from minigpt.shards import FORMATS, write_shard
 from minigpt.tokenizer import Tokenizer
-from speedrun import train
+from speedrun import tracks, train
 from speedrun.config import RaceConfig
 from speedrun.presets import ON_TRACK, PRESETS
 from speedrun.tracks import TRACKS, check_track, judged, load, nats_per_token, table
@@ -51,6 +51,13 @@ def test_the_table_has_all_targets_and_rules():
     for track in TRACKS.values():
         assert f"| {track.name} | `{track.corpus}` | {track.target:.2f} {track.unit} |" in text
         assert all(f"* {rule}" in text for rule in track.rules)
+
+
+def test_arguments_that_nobody_reads_are_refused(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["tracks", "--track", "laptop"])
+    with pytest.raises(SystemExit):
+        tracks.main()
+    assert "unrecognized arguments: --track laptop" in capsys.readouterr().err
 
 
 # ---- what counts of the held-out text --------------------------------------------------------------------------------

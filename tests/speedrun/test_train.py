@@ -4,7 +4,9 @@ import json
 import math
 import signal
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -106,6 +108,19 @@ def test_each_switch_of_a_run_changes_its_numbers(smoke, tmp_path):
         train.race(replace(smoke, folder=folder, **{name: value}), WORLD)
         assert metrics(folder) not in seen, f"{name} is like {seen[metrics(folder)]}"
         seen[metrics(folder)] = name
+
+
+def test_other_rows_go_on_where_the_text_was_left(monkeypatch):
+    """Not at its beginning, which the shorter rows have read."""
+    taken: list[tuple[int, int]] = []  # in tokens of the text: from, to
+    monkeypatch.setattr(train, "batch", lambda _, *, row, rows, context, **others: taken.append(
+        (row * context, (row + rows) * context)))  # fmt: skip
+    config = replace(PRESETS["smoke"], batches="3,4", contexts="32,64,16", steps=12)
+    make = train.batches(SimpleNamespace(config=config, world=WORLD, documents=None, data=SimpleNamespace(train=None)))
+    for step in range(12):
+        make(step)
+    assert all(0 <= begin - end < 64 for (_, end), (begin, _) in pairwise(taken))
+    assert taken[0][0] == 0 and taken[4][0] == 768 and taken[-1][1] == 64 * (6 * 3 + 6 * 4)
 
 
 def test_the_clock_counts_steps_alone(smoke, tmp_path, monkeypatch):

@@ -122,6 +122,29 @@ def test_the_fastest_of_each_part_wins(filed, monkeypatch):
     assert eager["norm"].us["torch"] == pytest.approx(40)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"documents": True}, {"windows": "128,256"}, {"window": 128}], ids=["documents", "windows", "window"]
+)
+def test_what_hides_more_costs_torch_a_mask(filed, monkeypatch, changes):
+    """Torch wins at 4,096 tokens, but not where it computes every score: 100 and 100 us without a mask."""
+    everything_runs(monkeypatch)
+    config = replace(CONFIG, measured=str(filed), context=4096)
+    assert choose(config, CUDA, torch.bfloat16)[0].attention == "torch"
+    config = replace(config, **changes)
+    (row,) = (row for row in measured(config, H100, filed) if row.part == "attention")
+    assert dict(row.us) == pytest.approx({"torch": 200, "cuda": 18, "triton": 18})
+    assert choose(config, CUDA, torch.bfloat16)[0].attention == "cuda"
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"rows": [3]}', '{"rows": 3}', '{"rows": [{"step": "cuBLAS"}]}'])
+@pytest.mark.parametrize("name", ["attention", "fused", "matmul"])
+def test_a_damaged_file_of_times_is_named(filed, name, content):
+    (path,) = (filed / "cuda").glob(f"{name}_*.json")
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{path.name}: damaged: expected JSON with rows of .*us; cuda.bench_{name}"):
+        measured(CONFIG, H100, filed)
+
+
 def test_products_go_by_the_nearest_measured_one(filed):
     row = next(row for row in measured(CONFIG, H100, filed) if row.part == "linear")
     flops = sum(m * n * k for m, n, k in winners.products(CONFIG)) / CONFIG.layers
