@@ -15,6 +15,7 @@ WIDTH, HEIGHT = 720, 340  # of the whole, in its own units
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 20, 44  # around the axes
 DASHES = ("", "7 4", "2 3", "9 3 2 3")  # from the eighth series on, colours come again
 BAR = 30  # height of a bar with its gap
+LETTERS = 20  # of a bar's label, for which there is room
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +181,8 @@ def stacked_bars(name: str, bars: Mapping[str, Mapping[str, float]], *, title: s
             raise ValueError(f"{title}: {label} has nothing to draw: expected parts that took time")
         edges = [math.fsum([*parts.values()][:n]) / total for n in range(len(parts) + 1)]
         top, left = row * BAR + 4, 160
-        drawn_bars.append(element("text", escaped(label), x=left - 8, y=top + 16, text_anchor="end"))
+        name_of_bar = label if len(label) <= LETTERS else f"…{label[1 - LETTERS :]}"  # ends tell runs apart
+        drawn_bars.append(element("text", escaped(name_of_bar), x=left - 8, y=top + 16, text_anchor="end"))
         for part, (a, b) in zip(parts, pairwise(edges), strict=True):
             x, width = left + a * (WIDTH - RIGHT - left), (b - a) * (WIDTH - RIGHT - left)
             fill = colour_class("f", kinds.index(part) + 1)

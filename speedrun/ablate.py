@@ -28,12 +28,16 @@ from common.log import atomic_write, format_duration, jsonable
 from common.results import save_result
 from minigpt.checkpoint import FOLDER, checkpoint_folders
 from minigpt.train_config import plain
+from minigpt.trainer import choose_dtype
+from speedrun import winners
 from speedrun.config import RaceConfig
-from speedrun.effects import Effect, as_lines, chart, holm, median_effect, paired_effect, to_same_loss
+from speedrun.effects import Effect, as_lines, chart, judge, median_effect, paired_effect, slope_of
+from speedrun.model import refuse
 from speedrun.presets import PRESETS, has_compiler
-from speedrun.stale import STATE, about, finished, look_for_stale, race_sources, state_of
+from speedrun.record_log import digest_of
+from speedrun.stale import STATE, about, finished, look_for_stale, same_config, sources, state_of
 from speedrun.step_times import step_ratios
-from speedrun.switches import NAMES, Switch, choose, pieces, switches, unfit
+from speedrun.switches import Switch, choose, pieces, switches, unfit
 from speedrun.train import check, race
 
 # Not derived from the recipes in presets.py: those are tuned, and all runs would be stale each time.
@@ -47,13 +51,17 @@ QUICK = replace(
     steps=120, warmup=10, eval_every=60,
 )  # fmt: skip
 BASES = {**PRESETS, "small": SMALL, "quick": QUICK}
+PACE = ("base", "base-half")  # arms that tell what steps are worth
 QUICK_SWITCHES = "zero-init,qk-norm,value-embeddings,x0-skip,muon"
 
 
 @dataclass(frozen=True, slots=True)
 class AblateConfig:
     base: str = field(default="small", metadata={"help": f"the recipe to change: {', '.join(BASES)}"})
-    switches: str = field(default="", metadata={"help": "names with commas between them; empty for all"})
+    switches: str = field(
+        default="",
+        metadata={"help": "names with commas between them, chosen before a look: p is corrected for these; empty: all"},
+    )
     seeds: int = field(default=3, metadata={"help": "of each side; at least 2"})
     steps: int = field(default=0, metadata={"help": "of each run; 0 for the base's own"})
     quick: bool = field(default=False, metadata={"help": "a small base, two seeds, a handful of switches"})
@@ -78,13 +86,13 @@ class AblateConfig:
 
 
 def recipe(config: AblateConfig) -> RaceConfig:
-    """The base as all runs share it: a fixed number of steps, no checkpoint but the last."""
+    """The base as all runs share it: on no track, whose rules are for whole races, a fixed number of steps, no
+    checkpoint but the last."""
     base = BASES[config.base]
     steps = config.steps or base.steps
-    track = {"track": ""} if "track" in NAMES else {}  # whose rules are for whole races
     return replace(
-        base, steps=steps, minutes=0.0, eval_every=min(base.eval_every, steps), checkpoint_every=steps, keep=1,
-        device=config.device, resume=False, **track,
+        base, track="", steps=steps, minutes=0.0, eval_every=min(base.eval_every, steps), checkpoint_every=steps,
+        keep=1, device=config.device, resume=False,
     )  # fmt: skip
 
 
@@ -177,20 +185,16 @@ def digests_of(states: Mapping[str, list[dict]]) -> list[str]:
 # ---- the effects -----------------------------------------------------------------------------------------------------
 
 
-def slope_of(states: Mapping[str, list[dict]]) -> tuple[float, float]:
-    """(bits per byte for an e-fold of steps, bits between the two lengths of the base); nan where a run failed."""
-    whole, half = ([state.get("bits_per_byte", math.nan) for state in states[name]] for name in ("base", "base-half"))
-    gained = sum(a - b for a, b in zip(whole, half, strict=True)) / len(whole)
-    return gained / math.log(2), abs(gained)
-
-
 def times_of(config: AblateConfig, root: Path, base: RaceConfig, switch: Switch, world: World) -> Effect | None:
     """On over off; measured once and then kept in <root>/times, where `--retime` does it again."""
     path = root / "times" / f"{switch.name}.json"
     on, off = switch.sides(base)
     now = {"on": about(on, world), "off": about(off, world)}
     kept = json.loads(path.read_text()) if path.exists() else None
-    same = kept is not None and (kept["about"] == now or config.stale == "keep")
+    same = kept is not None and (
+        kept["about"] == now
+        or (config.stale == "keep" and all(same_config(kept["about"][side], now[side]) for side in now))
+    )
     if not config.rounds and not same:
         return None
     if not same or (config.retime and config.rounds):
@@ -230,9 +234,11 @@ def ablate(config: AblateConfig, world: World) -> tuple[list[dict[str, Any]], li
         rows[switch.name]["time"] = times_of(config, root, base, switch, world)
     for name, reason in reasons.items():
         rows[name]["reason"] = rows[name]["reason"] or reason
-    judge(list(rows.values()), states)
+    lengths = {arm: [state.get("bits_per_byte", math.nan) for state in states.get(arm, [])] for arm in PACE}
+    judge(list(rows.values()), *slope_of(*lengths.values(), base.steps))
     ordered = sorted(rows.values(), key=lambda row: row["bits"].value if row["bits"] else math.inf)
-    return ordered, save(config, base, ordered, states, world)
+    found = {"bits_per_byte": lengths, "data_digest": next(iter(digests_of(states)), None)}
+    return ordered, save(config, base, ordered, found, world)
 
 
 def reason_of(switch: Switch, base: RaceConfig, world: World) -> str:
@@ -242,26 +248,17 @@ def reason_of(switch: Switch, base: RaceConfig, world: World) -> str:
     try:
         for side in switch.sides(base):
             check(side, world)
-    except ValueError as error:
+            dtype = choose_dtype(side.dtype, world.device)
+            refuse(side, winners.choose(side, world.device, dtype)[0], world.device, dtype)
+    except (ValueError, UserError) as error:
         return str(error)
     return ""
 
 
-def judge(rows: list[dict[str, Any]], states: Mapping[str, list[dict]]) -> None:
-    """Adds Holm's p-values over all switches that were compared, and seconds to the same loss where they follow."""
-    compared = [row for row in rows if row["bits"]]
-    for row, adjusted in zip(compared, holm([row["bits"].p_value for row in compared]), strict=True):
-        row["holm"] = adjusted
-        if row["time"]:
-            row["to_same_loss"] = to_same_loss(row["bits"], row["time"], *slope_of(states))
-
-
-def save(config: AblateConfig, base: RaceConfig, rows: list[dict], states: Mapping, world: World) -> list[Path]:
+def save(config: AblateConfig, base: RaceConfig, rows: list[dict], found: Mapping, world: World) -> list[Path]:
     """results/speedrun/ablation_<machine>_<date>.json and the chart beside it; `ablation-quick_...` with --quick."""
     name = "ablation-quick" if config.quick else "ablation"
-    lengths = {arm: [state.get("bits_per_byte") for state in states.get(arm, [])] for arm in ("base", "base-half")}
-    stored = {"ablation": asdict(config), "recipe": plain(base), "source": race_sources(), "bits_per_byte": lengths}
-    stored["data_digest"] = next(iter(digests_of(states)), None)
+    stored = {"ablation": asdict(config), "recipe": plain(base), "source": digest_of(sources()), **found}
     result = save_result("speedrun", name, rows, config=stored, device=world.device.type, root=config.out)
     title = f"each switch on against off: base {config.base}, {base.steps} steps, {config.seeds} seeds, 95% intervals"
     return [result, chart(result.with_suffix(".png"), rows, title)]

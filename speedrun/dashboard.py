@@ -24,7 +24,7 @@ from speedrun.config import RaceConfig
 from speedrun.presets import PRESETS
 from speedrun.run_files import parts_of
 from speedrun.schedule import plan
-from speedrun.tracks import TRACKS
+from speedrun.tracks import NATS, TRACKS, nats_per_token
 
 BEGIN, END = "\x1b[?2026h\x1b[?25l", "\x1b[?25h\x1b[?2026l"  # one drawing is one update, as far as terminals know that
 CLEAR_LINE, CLEAR_BELOW = "\x1b[K", "\x1b[J"
@@ -48,8 +48,9 @@ def view(run: Any, track: str = "") -> "Dashboard | None":
     where = [f"preset {name}" for name, preset in PRESETS.items() if plain(preset) == plain(config)]
     where.append(f"track {track}" if track else f"corpus {config.corpus}")
     target = f"target {TRACKS[track].target:.2f} {TRACKS[track].unit}" if track else ""
+    nats = nats_per_token(1.0, run.data) if track and TRACKS[track].unit == NATS else 0.0
     title = (f"{config.folder}", *where, size, f"{device_name(world.device)}, {ranks}")
-    dashboard = Dashboard(title, config, run.step, run.seconds, target)
+    dashboard = Dashboard(title, config, run.step, run.seconds, target, nats)
     path = config.folder / "metrics.jsonl"
     for row in read_jsonl(path) if run.step and path.exists() else ():
         if row["step"] <= run.step:  # later ones are lost with the steps that a kill has undone
@@ -59,12 +60,20 @@ def view(run: Any, track: str = "") -> "Dashboard | None":
 
 class Dashboard:
     """A common.log.View. `title`: what is said about the run, the most important first; `start` and `seconds`: steps
-    and time on the clock before this sitting."""
+    and time on the clock before this sitting; `nats`: a token of held-out text for one bit per byte, where the target
+    is in nats, else 0."""
 
     def __init__(
-        self, title: Sequence[str], config: RaceConfig, start: int = 0, seconds: float = 0.0, target: str = ""
+        self,
+        title: Sequence[str],
+        config: RaceConfig,
+        start: int = 0,
+        seconds: float = 0.0,
+        target: str = "",
+        nats: float = 0.0,
     ) -> None:
-        self.title, self.config, self.target = [printable(part) for part in title], config, target
+        self.title, self.config = [printable(part) for part in title], config
+        self.target, self.nats = target, nats
         self.step, self.seconds = start, seconds
         self.latest: dict[str, Any] = {}  # of each name the value filed last
         self.look: tuple[int, str, float] | None = None  # the last look at held-out text: step, of what, bits per byte
@@ -172,6 +181,7 @@ class Dashboard:
 
     def _bits(self) -> list[str]:
         fields = [f"held out {self.look[2]:.4f} {self.look[1]}"] if self.look else []
+        fields += [f"{self.look[2] * self.nats:.4f} nats per token"] if self.look and self.nats else []
         fields += [self.target] if self.target else []
         if "train_bits_per_byte" in self.latest:
             fields.append(f"train {float(self.latest['train_bits_per_byte']):.3f}")
@@ -248,7 +258,7 @@ def curve_lines(losses: History, current: str, width: int, unicode: bool) -> lis
         resampled(losses.values, columns * (2 if unicode else 1)), CURVE * (4 if unicode else 3)
     )
     drawn = braille(levels, CURVE) if unicode else ascii_curve(levels, CURVE)
-    left = ("loss", current, *[""] * (CURVE - 2))
+    left = ("loss", f"now {current}", *[""] * (CURVE - 2))
     scale = (f"{high:.3f}", *[""] * (CURVE - 2), f"{low:.3f}")
     return [
         [(label.ljust(LABEL), DIM if label == "loss" else ""), (number.rjust(6)[:7].ljust(8), DIM), (text, CYAN)]

@@ -38,8 +38,9 @@ class Effect:
 def paired_effect(on: Sequence[float], off: Sequence[float], level: float = LEVEL) -> Effect:
     """Mean of on - off over seeds, with Student's interval and two-sided p (Student 1908).
 
-    Both sides of a pair saw the same data in the same order and began at the same weights, so what seeds have in
-    common cancels. Raises ValueError for lists of unequal length, of fewer than two, or not finite.
+    Both sides of a pair have the same seed: the same data in the same order and the same first weights, unless the
+    switch changes these; what they have in common cancels. The interval is of what other seeds would change, on this
+    text and machine. Raises ValueError for lists of unequal length, of fewer than two, or not finite.
     """
     if len(on) != len(off) or len(on) < 2:
         raise ValueError(f"{len(on)} and {len(off)} values: expected as many, at least 2 seeds for an interval")
@@ -99,18 +100,40 @@ def median_effect(ratios: Sequence[float], level: float = LEVEL) -> Effect:
     return Effect(statistics.median(values), values[k - 1], values[n - k])
 
 
+def slope_of(whole: Sequence[float], half: Sequence[float], steps: int) -> tuple[float, float]:
+    """(bits per byte for an e-fold of steps, bits between the two lengths), of a recipe with `steps` and with
+    steps // 2, seed by seed; nan without runs, or where one is nan."""
+    gained = statistics.fmean([a - b for a, b in zip(whole, half, strict=True)] or [math.nan])
+    return gained / math.log(steps / (steps // 2)), abs(gained)
+
+
 def to_same_loss(bits: Effect, time: Effect, slope: float, reach: float) -> Effect | None:
     """Seconds with the switch over seconds without it, to the loss that the run without it ends at.
 
     The base loses `slope` bits per byte (below 0) with each e-fold of steps, each number of steps with a schedule of
     its own. If the switch only shifts that line, it needs exp(effect / -slope) times as many steps. None where the
     interval of the effect goes further than `reach`, the bits that lie between the measured lengths of the base: beyond
-    it the line is a guess. The interval takes the corners of the two intervals, and is wider than 95%.
+    it the line is a guess. The interval takes the corners of the two intervals; what is uncertain in `slope` itself is
+    not in it.
     """
     if not (slope < 0) or not (max(abs(bits.low), abs(bits.high)) <= reach):
         return None
     return Effect(*(math.exp(b / -slope) * t for b, t in
                     ((bits.value, time.value), (bits.low, time.low), (bits.high, time.high))))  # fmt: skip
+
+
+def judge(rows: Sequence[dict[str, Any]], slope: float, reach: float) -> None:
+    """Adds Holm's p-values over all switches that were compared, and seconds to the same loss where they follow."""
+    compared = [row for row in rows if row["bits"]]
+    for row, adjusted in zip(compared, holm([row["bits"].p_value for row in compared]), strict=True):
+        row["holm"] = adjusted
+        if row["time"]:
+            row["to_same_loss"] = to_same_loss(row["bits"], row["time"], slope, reach)
+
+
+def survives(row: Mapping[str, Any]) -> bool:
+    """Whether an effect is left after Holm's correction."""
+    return row["holm"] is not None and row["holm"] < 1 - LEVEL
 
 
 # ---- the table -------------------------------------------------------------------------------------------------------
@@ -119,22 +142,23 @@ def to_same_loss(bits: Effect, time: Effect, slope: float, reach: float) -> Effe
 def as_lines(rows: Sequence[Mapping[str, Any]]) -> str:
     """A line for each row, in the order given, and what chance alone would make of so many comparisons."""
     lines = [f"{'switch':17} {'bits per byte, on - off':28} {'p (Holm)':>9}  {'step time, on / off':22} "
-             f"{'to the same loss':>16}"]  # fmt: skip
+             f"{'time to the same loss':21}"]  # fmt: skip
     for row in rows:
         bits, times, seconds = row["bits"], row["time"], row["to_same_loss"]
         cells = [
             f"{bits.value:+.4f} [{bits.low:+.4f}, {bits.high:+.4f}]" if bits else "",
-            f"{row['holm']:.3f}{'*' if row['holm'] < 0.05 else ' '}" if bits else "",
+            f"{row['holm']:.3f}{'*' if survives(row) else ' '}" if bits else "",
             f"{times.value:.3f} [{times.low:.3f}, {times.high:.3f}]" if times else "",
-            f"{seconds.value:.2f}" if seconds else "",
+            f"{seconds.value:.2f} [{seconds.low:.2f}, {seconds.high:.2f}]" if seconds else "",
         ]
-        text = f"{row['switch']:17} {cells[0]:28} {cells[1]:>9}  {cells[2]:22} {cells[3]:>16}"
+        text = f"{row['switch']:17} {cells[0]:28} {cells[1]:>9}  {cells[2]:22} {cells[3]:21}"
         lines.append(f"{text if bits or times else row['switch'].ljust(17)} {row['reason']}".rstrip())
     count = sum(row["bits"] is not None for row in rows)
     outside = sum(row["bits"] is not None and not row["bits"].low <= 0 <= row["bits"].high for row in rows)
-    sure = sum(row["holm"] is not None and row["holm"] < 0.05 for row in rows)
-    lines.append(f"{outside} of {count} intervals do not hold 0, of which chance alone would make {0.05 * count:.1f}; "
-                 f"* {sure} survive Holm's correction for {count} comparisons")  # fmt: skip
+    sure = sum(map(survives, rows))
+    chance = (1 - LEVEL) * count
+    lines.append(f"{outside} of {count} intervals do not hold 0, where chance alone would make {chance:.1f} if no "
+                 f"switch did anything; * {sure} survive Holm's correction for {count} comparisons")  # fmt: skip
     return "\n".join(lines)
 
 
@@ -155,7 +179,7 @@ def chart(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         for y, row in enumerate(shown):
             if bits := row["bits"]:
-                draw(left, y, bits, 0.0, sure=row["holm"] is not None and row["holm"] < 1 - LEVEL)
+                draw(left, y, bits, 0.0, sure=survives(row))
             if time := row["time"]:
                 draw(right, y, time, 1.0, sure=not time.low <= 1 <= time.high)
         left.axvline(0, color="#666666", linewidth=1, zorder=0)
@@ -164,8 +188,9 @@ def chart(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
         left.set_ylim(len(shown) - 0.4, -0.6)
         zoom(left, [row["bits"] for row in shown], 0.0)
         zoom(right, [row["time"] for row in shown], 1.0)
-        left.set(xlabel="bits per byte at equal steps, on - off\n(filled: survives Holm's correction)")
-        right.set(xlabel="time of a step, on / off\n(filled: interval without 1)")
+        left.set(xlabel="bits per byte at equal steps, on - off: left of 0 the switch helps\n"
+                        "(filled: survives Holm's correction; arrow: the interval goes on)")  # fmt: skip
+        right.set(xlabel="time of a step, on / off: left of 1\nit saves time (filled: interval without 1)")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         return save_figure(figure, path)
 

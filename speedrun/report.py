@@ -20,6 +20,7 @@ from minigpt.sample import Source, document_tokens
 from minigpt.sampling import Sampling
 from speedrun.report_charts import CHOICES, breakdown, curves, held_out, schedule, speed, training
 from speedrun.run_files import ABSENT, RunFiles, differing, read_runs
+from speedrun.tracks import NATS
 
 FILE = "report.html"
 CODE, PROSE = ("def ", "class ", "import ", "    for "), ("The ", "In the year ", "She said", "How to ")
@@ -67,11 +68,12 @@ def sections(runs: Sequence[RunFiles]) -> list[str]:
 def reached(runs: Sequence[RunFiles]) -> str:
     """One run: a line a number. Several: a line a run, the best first."""
     others = list(dict.fromkeys(name for run in runs for name in run.summary.get("compressors", {})))
-    head = ["run", "state", "bits per byte", *others, "target", "seconds to it", "steps"]
+    nats = ["nats per token"] if any(run.track and run.track.unit == NATS for run in runs) else []
+    head = ["run", "state", "bits per byte", *nats, *others, "target", "seconds to it", "steps"]
     head += [*(heading for _, heading, *_ in COLUMNS), "memory, GB"]
     head += [name.replace("_", " ") for name in MACHINE]
-    rows = [cells(run, others) for run in runs]
-    texts = {run.summary["data_digest"].partition("+")[0] for run in runs if run.summary}
+    rows = [cells(run, others, bool(nats)) for run in runs]
+    texts = {run.judged for run in runs if run.summary}
     if len(runs) == 1:
         return table(["", ""], list(zip(map(escaped, head), rows[0], strict=True))[1:])
     best = len(texts) == 1
@@ -92,23 +94,35 @@ def reached(runs: Sequence[RunFiles]) -> str:
     )
 
 
-def cells(run: RunFiles, others: Sequence[str]) -> list[str]:
+def cells(run: RunFiles, others: Sequence[str], with_nats: bool) -> list[str]:
     """A run's line of numbers."""
-    s, memory, target = run.summary, run.memory(), run.target()
+    s, memory, target, nats = run.summary, run.memory(), run.target(), run.nats()
     seconds = None if target is None else run.seconds_to(target)
     compressors = s.get("compressors", {})
     values = [escaped(run.label), escaped(run.state())]
     values.append(NONE if run.bits_per_byte is None else number(run.bits_per_byte, f"{run.bits_per_byte:.4f}"))
+    values += [NONE if nats is None else number(nats, f"{nats:.4f}")] if with_nats else []
     values += [
         number(compressors[name], f"{compressors[name]:.4f}") if name in compressors else NONE for name in others
     ]
-    values.append(NONE if target is None else number(target, f"{target:.2f}"))
+    values.append(aim(run))
     values.append(NONE if seconds is None else number(seconds, f"{seconds:,.1f}"))
     values.append(number(run.config["steps"], f"{run.config['steps']:,}"))
     for name, _, text, unit in COLUMNS:
         values.append(number(s[name], text.format(float(s[name]) * unit)) if s.get(name) is not None else NONE)
     values.append(NONE if memory is None else number(memory, f"{memory / 1e9:.2f}"))
     return values + [escaped(plain(s[name])) if name in s else NONE for name in MACHINE]
+
+
+def aim(run: RunFiles) -> str:
+    """The target in its own unit, and in bits per byte where that is another."""
+    track, bits = run.track, run.target()
+    if track is None:
+        return NONE
+    told = number(track.target, f"{track.target:.2f}")
+    if track.unit != NATS:
+        return told
+    return told + f" {NATS}" + (f", {number(bits, f'{bits:.4f}')} bits per byte" if bits is not None else "")
 
 
 def looks(runs: Sequence[RunFiles]) -> str:

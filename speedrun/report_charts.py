@@ -6,15 +6,15 @@ A long curve is drawn in POINTS means. Refused: nothing; what a run does not hav
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import accumulate, product
+from itertools import product
 
 from common.html import chooser, element, escaped, number, table
 from common.svg import Series, legend, line_chart, stacked_bars
+from minigpt.compare import smoothed
 from speedrun.run_files import AXES, RunFiles
 from speedrun.schedule import plan
 
 POINTS = 400
-SMOOTHING = 0.05  # weight of the newest batch in the smoothed training curve
 XLABELS = {"steps": "step", "tokens": "tokens read", "seconds": "seconds on the clock"}
 CHOICES = [*product(range(len(AXES)), range(2)), *((i,) for i in range(len(AXES)))]  # for common.html.page
 
@@ -32,8 +32,7 @@ def training(run: RunFiles, axis: dict[int, float]) -> tuple[list[float], list[f
     """Smoothed bits per byte of the training batches."""
     rows = [row for row in run.metrics if "train_bits_per_byte" in row and row["step"] in axis]
     values = [float(row["train_bits_per_byte"]) for row in rows]
-    smooth = list(accumulate(values, lambda mean, value: mean + (value - mean) * SMOOTHING))
-    return thinned([axis[row["step"]] for row in rows], smooth)
+    return thinned([axis[row["step"]] for row in rows], smoothed(values))
 
 
 def held_out(run: RunFiles, axis: dict[int, float]) -> tuple[list[float], list[float]]:
@@ -72,8 +71,8 @@ def curves(
     groups = {"over": AXES} | ({"scale": ("linear", "logarithmic")} if logarithmic else {})
     missing = [run.label for run, one in zip(runs, series, strict=True) if not one.x]
     note += f" Nothing on file yet: {', '.join(missing)}." if missing else ""
-    shown = legend({run.label: i for i, run in enumerate(runs)}) if len(runs) > 1 else ""
-    return element("figure", shown, chooser(name, groups, panels), element("figcaption", escaped(note)))
+    names = legend({run.label: i for i, run in enumerate(runs)}) if len(runs) > 1 else ""
+    return element("figure", names, chooser(name, groups, panels), element("figcaption", escaped(note)))
 
 
 def schedule(runs: Sequence[RunFiles]) -> str:
@@ -92,11 +91,10 @@ def schedule(runs: Sequence[RunFiles]) -> str:
     for what, unit in (("rows", "windows in a step"), ("context", "tokens in a window"), ("window", "tokens seen")):
         if any(order and len({*order[what]}) > 1 for order in orders):
             series = [
-                Series(run.label, range(1, len(order[what]) + 1), order[what], i, steps=True)
+                changes(Series(run.label, range(1, len(order[what]) + 1), shown(order, what), i, steps=True))
                 for i, (run, order) in enumerate(zip(runs, orders, strict=True))
                 if order
             ]
-            series = [changes(one) for one in series]
             options = {"title": f"{what}: {unit}", "xlabel": "step", "ylabel": unit, "from_zero": True}
             parts.append(element("figure", line_chart(what, series, **options)))
         else:
@@ -119,6 +117,11 @@ def ordered(run: RunFiles) -> dict[str, list[int]] | None:
         return None
     plans = [plan(step, config) for step in range(config.steps)]
     return {what: [getattr(each, what) for each in plans] for what in ("rows", "context", "window")}
+
+
+def shown(order: dict[str, list[int]], what: str) -> list[int]:
+    """A window of 0 is none: a layer sees the context."""
+    return [value or context for value, context in zip(order[what], order["context"], strict=True)]
 
 
 def changes(one: Series) -> Series:

@@ -4,6 +4,7 @@ What is not there yet is None or empty. Refused, by name: a folder that is no ru
 """
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from itertools import accumulate
@@ -12,8 +13,9 @@ from typing import Any
 
 from common.log import read_jsonl
 from speedrun.config import RaceConfig
-from speedrun.record_log import RaceLog, read_log
-from speedrun.tracks import BITS, TRACKS
+from speedrun.logbook import in_bits, nats_per_bit
+from speedrun.record_log import RaceLog, read_log, seconds_to
+from speedrun.tracks import NATS, TRACKS, Track
 
 LOOKS = ("held_out_look", "held_out_bits_per_byte")  # at some windows; at all of the text
 UNIT = "_ms"
@@ -28,7 +30,7 @@ class RunFiles:
     about: dict[str, Any]  # config.json
     metrics: list[dict[str, Any]]
     timing: list[dict[str, Any]]
-    summary: dict[str, Any]  # empty until the run has ended
+    summary: dict[str, Any]  # of summary.json, or what of it the race log has; empty until the run has ended
     race: RaceLog | None
     fault: str  # what is wrong with race.jsonl
 
@@ -44,6 +46,11 @@ class RunFiles:
     def bits_per_byte(self) -> float | None:
         """On all held-out text, once the run has ended."""
         return float(self.summary["bits_per_byte"]) if self.summary else None
+
+    @property
+    def judged(self) -> tuple[str, int]:
+        """Of a finished run: the digest of its text, and how many held-out tokens count on its track, 0 for all."""
+        return self.summary["data_digest"].partition("+")[0], self.track.held_out if self.track else 0
 
     def state(self) -> str:
         steps = self.config["steps"]
@@ -75,15 +82,26 @@ class RunFiles:
         names = dict.fromkeys(name for row in rows for name in row)
         return {name: sum(row.get(name, 0.0) for row in rows) / len(rows) for name in names}
 
+    @property
+    def track(self) -> Track | None:
+        return TRACKS.get(self.config.get("track", ""))
+
+    def nats(self) -> float | None:
+        """Nats per token, on all held-out text, where the track counts in them; the race log has them."""
+        return self.race.result["nats_per_token"] if self.race and self.track and self.track.unit == NATS else None
+
     def target(self) -> float | None:
-        """Of the run's track, in bits per byte; None on no track and where the track counts in something else."""
-        track = TRACKS.get(self.config.get("track", ""))
-        return track.target if track and track.unit == BITS else None
+        """Of the run's track, in bits per byte. None on no track, and of a target in nats until there is a race log,
+        which knows how many bytes the tokens have."""
+        if self.track is None or (self.track.unit == NATS and self.race is None):
+            return None
+        return in_bits(self.track, nats_per_bit(self.race.about) if self.race else math.nan)
 
     def seconds_to(self, target: float) -> float | None:
         """On the clock, up to the first look at held-out text that is not above the target."""
-        seconds = self.places()["seconds"]
-        return next((seconds[step] for step, value in self.looks() if value <= target and step in seconds), None)
+        looks = {row["step"]: row for row in self.metrics}
+        rows = [looks.get(row["step"], {}) | {"seconds": float(row["step_ms"]) / 1e3} for row in self.timing]
+        return seconds_to(target, rows)
 
     def memory(self) -> int | None:
         """The most bytes held at any step."""
@@ -111,7 +129,14 @@ def read_run(folder: Path, label: str) -> RunFiles:
             race = read_log(folder / "race.jsonl")
         except ValueError as error:
             fault = str(error)
-    return RunFiles(folder, label, about, *rows, read_object(folder / "summary.json") or {}, race, fault)
+    summary = read_object(folder / "summary.json") or (told_by(race) if race else {})
+    return RunFiles(folder, label, about, *rows, summary, race, fault)
+
+
+def told_by(race: RaceLog) -> dict[str, Any]:
+    """Of a run without a summary, as those of an ablation are."""
+    names = ("data_digest", "vocabulary", "device", "ranks", "threads", "dtype")
+    return {**{name: race.about[name] for name in names if name in race.about}, **race.result}
 
 
 def read_object(path: Path) -> dict[str, Any] | None:
@@ -136,10 +161,15 @@ def read_runs(folders: Sequence[Path]) -> list[RunFiles]:
         raise ValueError("no runs: expected at least one folder")
     if twice := [folder for i, folder in enumerate(folders) if folder.resolve() in {f.resolve() for f in folders[:i]}]:
         raise ValueError(f"{twice[0]} is named twice: expected each run once")
-    names = [folder.name or str(folder) for folder in folders]
-    labels = names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-    runs = [read_run(folder, label) for folder, label in zip(folders, labels, strict=True)]
+    runs = [read_run(folder, label) for folder, label in zip(folders, labels_of(folders), strict=True)]
     return sorted(runs, key=lambda run: (not run.summary, run.bits_per_byte if run.summary else -run.step))
+
+
+def labels_of(folders: Sequence[Path]) -> list[str]:
+    """The ends of their paths, as long as it takes to tell them apart. They are different ones."""
+    parts = [folder.resolve().parts for folder in folders]
+    ends = (["/".join(part[-count:]) for part in parts] for count in range(1, max(map(len, parts)) + 1))
+    return next(labels for labels in ends if len({*labels}) == len(labels))
 
 
 def differing(runs: Sequence[RunFiles]) -> dict[str, list[Any]]:

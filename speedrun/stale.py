@@ -1,11 +1,9 @@
-"""Is a run that lies there still a run of this program? The source that a race runs, and what differs.
+"""Is a run that lies there still a run of this program? What its numbers depend on, and what differs.
 
-Only files that speedrun/train.py imports, however far down, count, and of them only the syntax tree: a comment or a new
-report changes no run. Imports inside functions count too. Refused, unless asked for: runs of another config or source.
+The source is that of a race log, every file of the stages that a race runs: which of them a run really needs nobody has
+to guess. Refused, unless asked for: runs of another config or source.
 """
 
-import ast
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -20,36 +18,18 @@ from common.log import jsonable
 from minigpt.train_config import deciding, plain
 from minigpt.trainer import choose_dtype
 from speedrun.config import RaceConfig
-from speedrun.record_log import ROOT
+from speedrun.record_log import source_digests
+from speedrun.winners import choose
 
-START = "speedrun/train.py"
 STATE = "ablation.json"
+NAMED = 5  # things that differ
 DEFAULTS = jsonable(deciding(plain(RaceConfig())))
 
 
 @cache
-def race_sources(root: Path = ROOT, start: str = START) -> dict[str, str]:
-    """{posix path from the root: digest of its syntax tree}, sorted, of `start` and all that it imports from here."""
-    digests, todo = {}, [start]
-    while todo:
-        name = todo.pop()
-        if name in digests:
-            continue
-        tree = ast.parse((root / name).read_text())
-        digests[name] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
-        todo += [path for module in imported(tree) if (root / (path := module.replace(".", "/") + ".py")).is_file()]
-    return dict(sorted(digests.items()))
-
-
-def imported(tree: ast.AST) -> list[str]:
-    """Names of modules that may be files: of `from a import b` both a and a.b."""
-    found = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            found += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-    return found
+def sources() -> dict[str, str]:
+    """{posix path: SHA-256}, as this process found them."""
+    return source_digests()
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -59,7 +39,8 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         old, new = before.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             wrong = [key for key in sorted({*old, *new}) if old.get(key) != new.get(key)]
-            found += [f"{name} {', '.join(wrong)}"] if wrong else []
+            more = f" and {len(wrong) - NAMED} more" * (len(wrong) > NAMED)
+            found += [f"{name} {', '.join(wrong[:NAMED])}{more}"] if wrong else []
         elif old != new:
             found.append(f"{name} {old} there, {new} here")
     return "; ".join(found)
@@ -70,9 +51,15 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def about(recipe: RaceConfig, world: World) -> dict[str, Any]:
     """What the numbers of a run depend on."""
-    there = {"torch": str(torch.__version__), "device": world.device.type}
-    there["dtype"] = str(choose_dtype(recipe.dtype, world.device))
-    return jsonable({"config": deciding(plain(recipe)), "source": race_sources(), **there})
+    dtype = choose_dtype(recipe.dtype, world.device)
+    there = {"torch": str(torch.__version__), "device": world.device.type, "dtype": str(dtype)}
+    there["choice"] = str(choose(recipe, world.device, dtype)[0])
+    return jsonable({"config": deciding(plain(recipe)), "source": sources(), **there})
+
+
+def same_config(before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
+    """Of two runs' `about`: a field that came later was at its default."""
+    return {**DEFAULTS, **before["config"]} == now["config"]
 
 
 def state_of(folder: Path) -> dict[str, Any] | None:
@@ -94,8 +81,7 @@ def look_for_stale(folders: Mapping[Path, dict[str, Any]], policy: str) -> list[
         if policy == "rerun" or not finished(state):  # half a run of one source and half of another is of none
             shutil.rmtree(folder)
             notes.append(f"{folder} is run again: {found}")
-        # A field that came later was at its default.
-        elif policy == "refuse" or {**DEFAULTS, **state["about"]["config"]} != now["config"]:
+        elif policy == "refuse" or not same_config(state["about"], now):
             hint = "--stale rerun, or --stale keep if only the source differs and that does not matter"
             raise ValueError(f"{folder} is of another run: {found}; expected the same, or {hint}")
         else:

@@ -2,18 +2,18 @@
 
 `switches(base)` is the list for one recipe: numbers such as windows or parts of a batch are made from the base's own.
 `Switch.sides` gives the two configs, which differ in the named fields only. Refused, with the reason: what this
-machine or this program does not have, and what the base contradicts.
+machine does not have, and what the base contradicts.
 """
 
 import difflib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from speedrun.config import RaceConfig
+from speedrun.schedule import whole
 
 Fields = Mapping[str, Any]
-NAMES = frozenset(each.name for each in fields(RaceConfig))
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +34,7 @@ class Switch:
             raise ValueError(f"switch {self.name}: fields {sorted(self.on)} on, {sorted(self.off)} off: expected equal")
 
     def sides(self, base: RaceConfig) -> tuple[RaceConfig, RaceConfig]:
-        """(on, off). Raises ValueError for fields that this program has not, and for what RaceConfig refuses."""
-        if missing := sorted((self.on.keys() | self.needs.keys()) - NAMES):
-            raise ValueError(f"this program has no field {', '.join(missing)}")
+        """(on, off). Raises ValueError for what RaceConfig refuses."""
         return tuple(replace(base, **{**self.needs, **side}) for side in (self.on, self.off))
 
 
@@ -66,7 +64,8 @@ def of_the_model(base: RaceConfig) -> list[Switch]:
         Switch("qk-norm", "queries and keys are normalised", **changed("qk_norm", True, False)),
         Switch("relu2", "ReLU squared, against SwiGLU of as many parameters", relu2, swiglu),
         Switch("relu2-gelu", "ReLU squared, against GELU", relu2, gelu),
-        Switch("untied", "the head has weights of its own", **changed("tied", False, True)),
+        Switch("untied", "the head has weights of its own", **changed("tied", False, True),
+               needs={"untie_at": 0.0}),
         Switch("untie-late", "a tied head gets its own weights at two thirds", **changed("untie_at", 2 / 3, 0.0),
                needs={"tied": True}),
         Switch("softcap", "logits are capped by a tanh", **changed("softcap", base.softcap or 15.0, 0.0)),
@@ -88,21 +87,25 @@ def of_the_model(base: RaceConfig) -> list[Switch]:
 
 def of_the_run(base: RaceConfig) -> list[Switch]:
     grown = base.windows or parts(base.context, 1 / 4, 1 / 2, 1)
+    batches = base.batches or parts(base.batch, 1 / 2, 1, 3 / 2)
+    first, *_ = sizes = whole(batches)
+    batch = sum(sizes) // len(sizes) if base.batches else base.batch
     # Rates are the base's where the batch is the base's: they grow from the first batch with a power of its size.
-    first = 0.5**base.batch_lr
-    rates = ("muon_lr", "learning_rate", "embedding_lr", "head_lr", "gain_lr")
+    grown_by = (batch / first) ** base.batch_lr
+    rates = {name: getattr(base, name) for name in ("muon_lr", "learning_rate", "embedding_lr", "head_lr", "gain_lr")}
+    at_first = {name: rate / (1 if base.batches else grown_by) for name, rate in rates.items()}
     return [
-        Switch("windows", "a sliding layer sees a quarter, half, all of the context",
+        Switch("windows", "a sliding layer sees more and more of the context, against all of it",
                {"windows": grown, "yarn": base.yarn}, {"windows": "", "yarn": False}),
         Switch("yarn", "rotary speeds are stretched when the window grows", **changed("yarn", True, False),
                needs={"windows": grown}),
-        Switch("document-mask", "no attention across documents", **changed("document_mask", True, False)),
+        Switch("document-mask", "no attention across documents", **changed("document_mask", True, False),
+               needs={"documents": False}),
         Switch("documents", "rows are packed from documents", {"documents": True, "document_mask": False},
                {"documents": False, "document_mask": base.document_mask}),
-        Switch("batches", "half the batch, the batch, half as much again; as many tokens in all",
-               {"batches": base.batches or parts(base.batch, 1 / 2, 1, 3 / 2),
-                **{name: getattr(base, name) * (1 if base.batches else first) for name in rates}},
-               {"batches": "", **{name: getattr(base, name) / (first if base.batches else 1) for name in rates}}),
+        Switch("batches", "a batch that grows, against their mean throughout; as many tokens in all",
+               {"batches": batches, "batch": base.batch, **at_first},
+               {"batches": "", "batch": batch, **{name: rate * grown_by for name, rate in at_first.items()}}),
         Switch("contexts", "the first half of the run in windows half as long",
                **changed("contexts", base.contexts or parts(base.context, 1 / 2, 1), "")),
         Switch("mtp", "the two tokens after the next count too, until half of the run",
@@ -130,9 +133,11 @@ def of_the_optimizer(base: RaceConfig) -> list[Switch]:
 
 def of_the_machine(base: RaceConfig) -> list[Switch]:
     return [
-        Switch("fp8-head", "the head multiplies in 8 bits", **changed("fp8_head", True, False), place="cuda"),
+        Switch("fp8-head", "the head multiplies in 8 bits", **changed("fp8_head", True, False), place="cuda",
+               needs={"tied": False, "untie_at": 0.0, "fused_loss": False}),
         Switch("fp8-mlp", "the MLPs multiply in 8 bits", **changed("fp8_mlp", True, False), place="cuda"),
-        Switch("fused-loss", "head and loss in one operation", **changed("fused_loss", True, False), place="cuda"),
+        Switch("fused-loss", "head and loss in one operation", **changed("fused_loss", True, False), place="cuda",
+               needs={"mtp": "", "fp8_head": False}),
         Switch("compile", "torch.compile", {"compile": True, "cuda_graphs": base.cuda_graphs},
                {"compile": False, "cuda_graphs": False}, place="compiler", same_numbers=True),
         Switch("cuda-graphs", "a recorded graph of launches is replayed", **changed("cuda_graphs", True, False),

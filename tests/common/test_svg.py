@@ -67,6 +67,13 @@ def test_bars_are_shares():
         svg.stacked_bars("n", {"b": {"x": 0.0}}, title="t")
 
 
+def test_a_long_label_of_a_bar_keeps_its_end_within_the_picture():
+    chart = svg.stacked_bars("n", {"runs/" * 9 + "first": {"x": 1.0}, "short": {"x": 1.0}}, title="t")
+    shown = re.findall(r'<text x="152"[^>]*>(.*?)</text>', chart)
+    assert shown == ["…uns/runs/runs/first", "short"] and len(shown[0]) == svg.LETTERS
+    assert f"{'runs/' * 9}first: x 100.0%" in chart, "whole for those who point at it or cannot see it"
+
+
 def test_names_of_levels_do_not_cover_each_other():
     one = svg.Series("a", [1, 2], [1.0, 3.0], 0)
     chart = svg.line_chart("n", [one], title="t", xlabel="x", ylabel="y", levels={"p": 2.0, "q": 2.01, "r": 2.5})

@@ -19,10 +19,12 @@ from common.log import read_jsonl
 from speedrun import ablate, effects, stale, step_times, train
 from speedrun.ablate import AblateConfig
 from speedrun.config import RaceConfig
-from speedrun.effects import Effect, holm, median_effect, paired_effect, student_quantile, to_same_loss
+from speedrun.effects import Effect, holm, median_effect, paired_effect, slope_of, student_quantile, to_same_loss
 from speedrun.model import build
+from speedrun.record_log import source_digests
 from speedrun.schedule import plan
-from speedrun.switches import NAMES, Switch, choose, pieces, switches, unfit
+from speedrun.switches import Switch, choose, pieces, switches, unfit
+from speedrun.winners import Choice
 
 # The tricks that the chapter promises, by the names of their switches.
 TRICKS = [
@@ -129,6 +131,11 @@ def test_time_to_the_same_loss_on_a_line_that_is_known():
     assert to_same_loss(bits, step, slope=-0.25, reach=0.035) is None, "beyond what the base measured"
     assert to_same_loss(bits, step, slope=0.1, reach=1.0) is None, "a base that steps make worse"
     assert to_same_loss(bits, step, slope=math.nan, reach=math.nan) is None
+    for steps in (400, 7):  # half of 7 is 3
+        whole, half = ([3 + seed - 0.25 * math.log(n) for seed in range(3)] for n in (steps, steps // 2))
+        slope, reach = slope_of(whole, half, steps)
+        assert slope == pytest.approx(-0.25) and reach == pytest.approx(0.25 * math.log(steps / (steps // 2)))
+    assert all(map(math.isnan, slope_of([], [], 400) + slope_of([1.0, math.nan], [2.0, 2.0], 400)))
 
 
 # ---- the list --------------------------------------------------------------------------------------------------------
@@ -143,10 +150,6 @@ def test_every_trick_is_in_the_list():
 def test_each_switch_in_both_positions(base, name):
     base = ablate.BASES[base]
     (switch,) = choose(name, switches(base))
-    if not switch.on.keys() <= NAMES:
-        with pytest.raises(ValueError, match="this program has no field"):
-            switch.sides(base)
-        return
     on, off = switch.sides(base)
     assert type(on) is type(off) is RaceConfig
     differing = {f.name for f in fields(RaceConfig) if getattr(on, f.name) != getattr(off, f.name)}
@@ -164,17 +167,18 @@ def test_activations_are_compared_at_about_equal_parameters():
         assert abs(sizes[0] / sizes[1] - 1) <= 0.01, sizes
 
 
-@pytest.mark.parametrize("name", ["batches", "contexts"])
-def test_schedules_see_as_many_tokens_in_all(name):
-    (switch,) = choose(name, switches(ablate.SMALL))
-    on, off = switch.sides(ablate.SMALL)
+@pytest.mark.parametrize(("base", "name"), [("small", "batches"), ("small", "contexts"), ("fineweb", "batches")])
+def test_schedules_see_as_many_tokens_in_all(base, name):
+    (switch,) = choose(name, switches(ablate.BASES[base]))
+    on, off = switch.sides(ablate.BASES[base])
     tokens = [sum(now.rows * now.context for now in (plan(step, side) for step in range(side.steps)))
               for side in (on, off)]  # fmt: skip
     assert tokens[0] == tokens[1]
     # Where the batch is the base's, so is the rate; at its largest, before the rates fall.
     third = [plan(step, on) for step in range(on.steps)]
     same = next(now for now in third if now.rows * now.context == off.batch * off.context and now.lr_share >= 1)
-    assert same.lr_share * on.muon_lr == pytest.approx(plan(on.warmup, off).lr_share * off.muon_lr)
+    step = on.steps // 3 if on.contexts == off.contexts else on.warmup
+    assert same.lr_share * on.muon_lr == pytest.approx(plan(step, off).lr_share * off.muon_lr)
 
 
 def test_a_recipe_runs_once_whatever_it_is_called():
@@ -208,9 +212,10 @@ def test_what_cannot_be_measured_here_says_why():
     assert unfit(known["fp8-mlp"], base, cuda=True, compiler=True) == ""
     assert unfit(known["compile"], base, cuda=False, compiler=False) == "needs a C++ compiler"
     assert "ranks" in unfit(known["overlap"], base, **here)
-    assert "expected --tied" in unfit(known["untied"], replace(base, tied=True, untie_at=0.5), **here)
-    later = Switch("later", "of a part that is not there", on={"not_there": 1}, off={"not_there": 0})
-    assert unfit(later, base, **here) == "this program has no field not_there"
+    for recipe in ablate.BASES.values():  # the others find what they contradict set aside on both sides
+        reasons = {switch.name: unfit(switch, recipe, cuda=True, compiler=True) for switch in switches(recipe)}
+        refused = {name for name, reason in reasons.items() if reason}
+        assert refused == {"overlap"} | ({"yarn"} & refused if recipe.positions != "rotary" else set())
     with pytest.raises(ValueError, match="expected equal"):
         Switch("lame", "", on={"smear": True}, off={"yarn": False})
 
@@ -257,7 +262,7 @@ def test_two_switches_two_seeds_from_end_to_end(tiny, tmp_path, world, monkeypat
     assert result.name.startswith("ablation_") and len(filed["rows"]) == 4 and filed["config"]["recipe"]["steps"] == 6
     assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 10_000
     lines = effects.as_lines(rows)
-    assert "fp8-head          needs a GPU" in lines and "of which chance alone would make 0.1" in lines
+    assert "fp8-head          needs a GPU" in lines and "chance alone would make 0.1" in lines
 
     # Again: nothing is run, nothing is timed, the same comes out. One state gone: one run.
     made = []
@@ -271,8 +276,8 @@ def test_two_switches_two_seeds_from_end_to_end(tiny, tmp_path, world, monkeypat
 
 def test_ctrl_c_and_on_again(tiny, tmp_path, world, monkeypatch, capsys):
     """In the middle of a run: it goes on from its checkpoint to the bits of the undisturbed one."""
-    whole, _ = ablate.ablate(config(tmp_path / "whole"), world)
-    pressed, update = [], train.update
+    asked, pressed, update = config(tmp_path, switches="smear"), [], train.update
+    undisturbed = train.race(replace(ablate.recipe(asked), smear=True, folder=tmp_path / "whole"), world)
 
     def pressing(run, now):
         update(run, now)
@@ -282,13 +287,14 @@ def test_ctrl_c_and_on_again(tiny, tmp_path, world, monkeypatch, capsys):
 
     monkeypatch.setattr(train, "update", pressing)
     with pytest.raises(KeyboardInterrupt):
-        ablate.ablate(config(tmp_path), world)
+        ablate.ablate(asked, world)
     folder = tmp_path / "runs" / "tiny-6" / "smear" / "0"
     assert not ablate.finished(ablate.state_of(folder)) and len(read_jsonl(folder / "metrics.jsonl")) == 3
     capsys.readouterr()
-    assert ablate.ablate(config(tmp_path), world)[0] == whole
+    ablate.ablate(asked, world)
+    assert ablate.state_of(folder)["bits_per_byte"] == undisturbed.bits_per_byte
     assert len(json.loads((folder / "config.json").read_text())["sittings"]) == 2
-    assert len(re.findall(r"^ +\d+/8 .* left \d:\d\d$", capsys.readouterr().out, re.MULTILINE)) == 7
+    assert len(re.findall(r"^ +\d+/6 .* left \d:\d\d$", capsys.readouterr().out, re.MULTILINE)) == 5
 
 
 def test_ctrl_c_while_a_run_is_evaluated_ends_the_ablation_too(tiny, tmp_path, world, monkeypatch):
@@ -331,7 +337,7 @@ def test_stale_runs(tiny, races, tmp_path, world, monkeypatch):
     ablate.ablate(asked, world)
     runs = len(races)
     assert runs == 6  # base, base-half, muon-off
-    monkeypatch.setattr(stale, "race_sources", lambda: {"speedrun/optim.py": "changed"})
+    monkeypatch.setattr(stale, "sources", lambda: {**stale.source_digests(), "speedrun/optim.py": "changed"})
     with pytest.raises(ValueError, match=r"tiny-6/base/0 is of another run: source .*speedrun/optim.py.*--stale rerun"):
         ablate.ablate(asked, world)
     ablate.ablate(replace(asked, stale="keep"), world)
@@ -339,11 +345,35 @@ def test_stale_runs(tiny, races, tmp_path, world, monkeypatch):
     ablate.ablate(replace(asked, stale="rerun"), world)
     ablate.ablate(asked, world)
     assert len(races) == 2 * runs
+    with monkeypatch.context() as patch:  # a new benchmark made "auto" choose others
+        patch.setattr(stale, "choose", lambda *_: (Choice(norm="triton"), ""))
+        with pytest.raises(ValueError, match="choice kernels: torch there, kernels: norm triton"):
+            ablate.ablate(asked, world)
     monkeypatch.setitem(ablate.BASES, "tiny", replace(tiny, muon_lr=0.02))
     for policy in ("refuse", "keep"):
         with pytest.raises(ValueError, match="config muon_lr"):
             ablate.ablate(replace(asked, stale=policy), world)
     assert len(races) == 2 * runs
+
+
+def test_times_of_another_config_are_not_kept(tiny, tmp_path, world, monkeypatch):
+    """Of a switch that has times alone, no run says that the config is another."""
+    timed = []
+    monkeypatch.setattr(ablate, "step_ratios", lambda on, *_: timed.append(on.muon_lr) or [1.0] * 6)
+    asked = config(tmp_path, switches="prefetch", rounds=6, stale="keep")
+    ablate.ablate(asked, world)
+    monkeypatch.setattr(stale, "sources", lambda: {"speedrun/optim.py": "changed"})
+    ablate.ablate(asked, world)
+    monkeypatch.setitem(ablate.BASES, "tiny", replace(tiny, muon_lr=0.02))
+    ablate.ablate(asked, world)
+    assert timed == [tiny.muon_lr, 0.02]
+
+
+def test_what_only_this_machine_refuses_is_a_reason_too(tiny, races, tmp_path, world, monkeypatch):
+    monkeypatch.setattr("minigpt.trainer.cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setitem(ablate.BASES, "tiny", replace(tiny, dtype="auto"))
+    rows, _ = ablate.ablate(config(tmp_path, switches="bf16-weights,muon"), world)
+    assert "bf16_weights where dtype auto is float32" in rows[-1]["reason"] and rows[0]["bits"]
 
 
 def test_a_run_that_fails_is_a_reason_and_not_the_end(tiny, races, tmp_path, world):
@@ -397,9 +427,8 @@ def test_a_switch_that_sleeps_takes_longer(tiny, world, monkeypatch):
 
     monkeypatch.setattr(step_times, "gradients", slow)
     monkeypatch.setattr("common.timing.SETTLE_S", 0.0)
-    on, off = replace(tiny, smear=True), tiny
-    forth, back = (step_times.step_ratios(*sides, 6, world) for sides in ((on, off), (off, on)))
-    assert len(forth) == 6 and statistics.median(forth) > 1.5 and statistics.median(back) < 1 / 1.5
+    ratios = step_times.step_ratios(replace(tiny, smear=True), tiny, 6, world)
+    assert len(ratios) == 6 and statistics.median(ratios) > 1.5
 
 
 def test_a_schedule_is_timed_in_all_its_parts(tiny, world, monkeypatch):
@@ -420,27 +449,13 @@ def test_a_schedule_is_timed_in_all_its_parts(tiny, world, monkeypatch):
     assert set(steps) == set(range(12))
 
 
-def test_sources_are_those_that_a_race_imports(tmp_path):
-    sources = stale.race_sources()
-    assert {"speedrun/train.py", "speedrun/optim.py", "minigpt/model.py", "common/log.py"} <= sources.keys()
-    assert not {"speedrun/ablate.py", "speedrun/effects.py", "lora/report.py"} & sources.keys()
-    (tmp_path / "a").mkdir()
-    files = {"a/top.py": "from a import left\n", "a/left.py": "def f():\n    import a.right\n", "a/right.py": "x = 1\n",
-             "a/other.py": "y = 1\n"}  # fmt: skip
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-
-    def digests():
-        stale.race_sources.cache_clear()
-        return stale.race_sources(tmp_path, "a/top.py")
-
-    first = digests()
-    assert list(first) == ["a/left.py", "a/right.py", "a/top.py"]
-    (tmp_path / "a/right.py").write_text("x = 1  # a comment\n")
-    assert digests() == first
-    (tmp_path / "a/right.py").write_text("x = 2\n")
-    found = stale.differences({"source": first, "torch": "2.11"}, {"source": digests(), "torch": "2.13"})
-    assert found == "source a/right.py; torch 2.11 there, 2.13 here"
+def test_what_differs_is_named():
+    before = {"source": {f"{letter}.py": letter for letter in "abcdefg"}, "torch": "2.11"}
+    now = {"source": before["source"] | {"c.py": "x"}, "torch": "2.13"}
+    assert stale.differences(before, now) == "source c.py; torch 2.11 there, 2.13 here"
+    assert stale.differences(before, before | {"source": {}}) == "source a.py, b.py, c.py, d.py, e.py and 2 more"
+    assert stale.differences(before, before) == ""
+    assert stale.sources() == source_digests() and "speedrun/train.py" in stale.sources()
 
 
 # ---- the chart -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import json
+import math
 import os
 import pty
 import re
@@ -12,6 +13,7 @@ import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -139,7 +141,7 @@ EXPECTED = """\
 runs/x  corpus stdlib  0.1 M parameters in float32  cpu, 1 rank
  50%  ████████████████████░░░░░░░░░░░░░░░░░░░░  50/100  eta 0:50  clock 0:50
 loss        5.880  ⠉⠉⠉⠉⠉⠉⠉⠉⠑⠒⠒⠤⠤⢄⣀⣀
-5.000                               ⠈⠉⠉⠒⠒⠤⠤⢄⣀⣀
+now 5.000                           ⠈⠉⠉⠒⠒⠤⠤⢄⣀⣀
             5.000                             ⠈⠉⠉⠒⠒⠤⠤⢄⣀⣀⡀
 bits/byte  held out 3.1250 at step 40  target 1.35 bits per byte  train 2.500
 speed      256 tokens/s  MFU 25.0%  1,000 ms a step  1.50 GB
@@ -167,7 +169,7 @@ def test_what_is_drawn(tmp_path, clock):
     assert lines[-1] == "" and (screen.x, screen.y) == (0, len(lines) - 1) and screen.cursor, (
         "rests below the last line"
     )
-    assert [line[:19] for line in drawn[2:5]] == ["loss        5.880  ", "5.000              ", "            5.000  "]
+    assert [line[:19] for line in drawn[2:5]] == ["loss        5.880  ", "now 5.000          ", "            5.000  "]
     assert dots("\n".join(line[19:].ljust(60, chr(0x2800)) for line in drawn[2:5])) == fallen(120)
 
 
@@ -328,7 +330,7 @@ def test_ascii_where_blocks_and_braille_do_not_arrive(tmp_path, clock, encoding,
     assert (
         lines[2][19:].startswith("'''")
         and lines[4].endswith(".")
-        and set("".join(lines[2:5])) <= set("loss0123456789 '-.")
+        and set("".join(lines[2:5])) <= set("lossnow0123456789 '-.")
     )
 
 
@@ -356,6 +358,23 @@ def test_a_resumed_run_goes_on_with_its_curve(tmp_path, clock):
     for part in ("preset smoke  track laptop", "4.9 M parameters in bfloat16", "2 ranks", "26/40", "clock 1:17",
                  "held out 3.5000 at step 20", "target 1.35 bits per byte"):  # fmt: skip
         assert part in text
+
+
+def test_a_target_in_nats_per_token(tmp_path, clock):
+    """Five held-out tokens after the first, of nine bytes: one bit per byte is 9/5 ln 2 nats per token."""
+    data = SimpleNamespace(held_out=np.array([0, 1, 0, 1, 1, 1]), held_out_bytes=10, byte_lengths=np.array([1, 2]))
+    config, world = (
+        replace(PRESETS["smoke"], folder=tmp_path),
+        SimpleNamespace(world_size=1, device=torch.device("cpu")),
+    )
+    model = SimpleNamespace(num_parameters=lambda: 1)
+    run = SimpleNamespace(config=config, world=world, dtype=torch.float32, model=model, step=0, seconds=0.0, data=data)
+    with terminal(200) as screen:
+        board = dashboard.view(run, "fineweb")
+        with RunLog(tmp_path, {}, total_steps=40, view=board) as log:
+            step(log, clock, 10, held_out_look=2.0)
+    wanted = f"held out 2.0000 at step 10  {2 * 9 / 5 * math.log(2):.4f} nats per token  target 3.28 nats per token"
+    assert wanted in "\n".join(screen.shown())
 
 
 def test_the_time_left_leaves_the_first_steps_out(tmp_path, clock):

@@ -1,6 +1,7 @@
 """The page about runs: whole HTML that fetches nothing, escapes what a model writes, and has the files' numbers."""
 
 import json
+import math
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -13,6 +14,7 @@ import pytest
 from common import html
 from common.log import read_jsonl
 from speedrun import report, report_charts, run_files
+from speedrun.record_log import read_log
 from speedrun.run_files import parts_of, read_run, read_runs
 from speedrun.schedule import plan
 from tests.minigpt.programs import run as run_program
@@ -91,9 +93,10 @@ def page_of(*folders: Path) -> tuple[Page, str]:
 
 
 def test_train_writes_it_at_its_end(finished):
-    page = Page((finished / report.FILE).read_text())
+    text = (finished / report.FILE).read_text()
+    page = Page(text)
     assert page.all("title")[0] == {} and "Speedrun: finished" in page.texts
-    assert sum("None:" in text for text in page.texts) == 0
+    assert '<p class="soft">None: ' not in text, "a model may write None, but no tags"
     bold = [text for text in page.texts if text in report.CODE]
     assert bold == list(report.CODE), "a sample for each prompt"
 
@@ -203,9 +206,14 @@ def test_several_runs_are_compared(copied):
     assert [name in chart for name in ("second:", "first:", "third:")] == [True] * 3
 
 
-def test_runs_on_different_texts_have_no_best(copied):
+@pytest.mark.parametrize("what", ["text", "part of it"])
+def test_runs_on_different_texts_have_no_best(copied, what):
     first, second = copied("first"), copied("second")
-    edit(second / "summary.json", data_digest="0" * 64 + "+0")
+    if what == "text":
+        edit(second / "summary.json", data_digest="0" * 64 + "+0")
+    else:
+        about = json.loads((second / "config.json").read_text())
+        edit(second / "config.json", config=about["config"] | {"track": "fineweb"})
     page, _ = page_of(first, second)
     text = " ".join(page.texts)
     assert "judged on different texts" in text and "(best)" not in text
@@ -222,6 +230,30 @@ def test_the_target_of_the_track(copied):
     assert run.seconds_to(value) == run.places()["seconds"][step]
     page, text = page_of(folder)
     assert ["target", "1.35"] in page.rows and ">target</text>" in text
+
+
+def test_a_target_in_nats_per_token(copied):
+    """FineWeb's: curves are in bits per byte, so the target is too, by the tokens of the held-out text."""
+    folder, going, laptop = copied("first"), copied("going"), copied("laptop")
+    for each, track in ((folder, "fineweb"), (going, "fineweb"), (laptop, "laptop")):
+        about = json.loads((each / "config.json").read_text())
+        edit(each / "config.json", config=about["config"] | {"track": track})
+    for name in ("race.jsonl", "summary.json"):
+        (going / name).unlink()
+    run, log = read_run(folder, "x"), read_log(folder / "race.jsonl")
+    tokens, size = log.about["held_out_tokens"], log.about["held_out_bytes"]
+    assert run.target() == pytest.approx(3.28 * tokens / size / math.log(2), rel=1e-12)
+    assert read_run(going, "x").target() is None, "nobody knows yet"
+    page, text = page_of(folder)
+    rows = {row[0]: row[1:] for row in page.rows if len(row) > 1}
+    nats = run.bits_per_byte * math.log(2) * size / tokens
+    assert rows["nats per token"] == [f"{nats:.4f}"]
+    assert rows["target"] == [f"3.28 nats per token, {run.target():.4f} bits per byte"] and ">target</text>" in text
+    page, _ = page_of(going, laptop)
+    head = next(row for row in page.rows if row[0] == "run")
+    table = {row[0]: dict(zip(head, row, strict=True)) for row in page.rows if len(row) == len(head)}
+    assert table["going"]["target"] == "3.28 nats per token" and table["going"]["nats per token"] == "not on file"
+    assert table["laptop (best)"]["target"] == "1.35" and table["laptop (best)"]["nats per token"] == "not on file"
 
 
 def test_parts_of_a_step(copied):
@@ -249,11 +281,12 @@ def test_parts_of_a_step(copied):
 
 def test_a_run_in_progress(copied):
     folder, early = copied("going"), copied("early")
-    (folder / "summary.json").unlink()
+    for name in ("summary.json", "race.jsonl"):
+        (folder / name).unlink()
     for name in ("metrics", "timing"):
         lines = (folder / f"{name}.jsonl").read_text().splitlines()
         (folder / f"{name}.jsonl").write_text("\n".join(lines[:15]) + '\n{"step": 16, "lo')
-    for name in ("summary.json", "metrics.jsonl", "timing.jsonl"):
+    for name in ("summary.json", "race.jsonl", "metrics.jsonl", "timing.jsonl"):
         (early / name).unlink()
     page, _ = page_of(folder)
     rows = {row[0]: row[1:] for row in page.rows if len(row) > 1}
@@ -265,6 +298,27 @@ def test_a_run_in_progress(copied):
     page, _ = page_of(early, folder, done)
     head = next(row for row in page.rows if row[0] == "run")
     assert [row[0] for row in page.rows if len(row) == len(head)][1:] == ["done (best)", "going", "early"]
+
+
+def test_a_run_without_a_summary_has_its_race_log(copied):
+    """As those of an ablation."""
+    folder = copied("first")
+    (folder / "summary.json").unlink()
+    page, _ = page_of(folder, copied("second"))
+    head = next(row for row in page.rows if row[0] == "run")
+    table = {row[0]: row for row in page.rows if len(row) == len(head)}
+    for name in ("state", "bits per byte", "tokens", "seconds on the clock", "parameters", "vocabulary", "device"):
+        at = head.index(name)
+        assert table["first (best)"][at] == table["second"][at] != "not on file", name
+
+
+def test_without_a_window_the_context_is_in_sight(copied):
+    first, second = copied("first"), copied("second")
+    about = json.loads((second / "config.json").read_text())
+    edit(second / "config.json", config=about["config"] | {"windows": "16,64"})
+    _, text = page_of(first, second)
+    chart = re.search(r"<svg[^>]*window-t.*?</svg>", text, re.DOTALL).group()
+    assert "first: from 32 at 1 to 64 at 40" in chart and "second: from 16 at 1 to 64 at 40" in chart
 
 
 def test_a_race_log_that_was_edited_is_told(copied):
@@ -300,7 +354,8 @@ def test_what_is_refused(copied, tmp_path):
 def test_folders_of_one_name_are_told_apart(copied, tmp_path):
     first = copied("x")
     second = Path(shutil.copytree(first, tmp_path / "deep" / "x"))
-    assert {run.label for run in read_runs([first, second])} == {str(first), str(second)}
+    assert {run.label for run in read_runs([first, second])} == {f"{tmp_path.name}/x", "deep/x"}
+    assert [run.label for run in read_runs([first])] == ["x"]
 
 
 def test_a_long_curve_is_drawn_in_means():
