@@ -140,10 +140,11 @@ def _build(config_class, presets, default_preset, prog, description) -> argparse
 
 
 def _nearest(unknown: list[str], parser: argparse.ArgumentParser) -> str:
-    """`; did you mean --batch-size?`, where there are flags like the unknown ones."""
+    """`; did you mean --batch-size?`, where there are flags that begin with an unknown one, or are like it."""
     known = [flag for action in parser._actions for flag in action.option_strings]
     flags = [text.partition("=")[0] for text in unknown if text.startswith("--")]
-    near = [name for flag in flags for name in difflib.get_close_matches(flag, known, n=2, cutoff=0.7)]
+    longer = {flag: [name for name in known if len(flag) > 3 and name.startswith(flag)][:2] for flag in flags}
+    near = [name for flag in flags for name in longer[flag] or difflib.get_close_matches(flag, known, n=2, cutoff=0.7)]
     return f"; did you mean {' or '.join(dict.fromkeys(near))}?" if near else ""
 
 

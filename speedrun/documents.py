@@ -13,6 +13,7 @@ from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from minigpt.batches import ROUNDS, TokenStream, check_length, permute
@@ -208,8 +209,13 @@ def starts(positions_BT: np.ndarray, parts: int = 1) -> np.ndarray:
 
 
 def documents_of(positions_BT: Tensor, documents_BT: Tensor, starts_1S: Tensor, attention: str) -> Documents:
-    """What GPT.forward takes: with attention "torch" it makes a dense mask of them, else attention gets the starts."""
-    return Documents(positions_BT, documents_BT, None if attention == "torch" else starts_1S[0])
+    """What GPT.forward takes: with attention "torch" it makes a dense mask of them, else attention gets the starts,
+    however many: a compiled model takes any number."""
+    if attention == "torch":
+        return Documents(positions_BT, documents_BT)
+    starts_S = starts_1S[0]
+    torch._dynamo.maybe_mark_dynamic(starts_S, 0)
+    return Documents(positions_BT, documents_BT, starts_S)
 
 
 def packed_attention(

@@ -2,12 +2,14 @@
 
 The loss alone knows the gradient of its logits, so `HeadLoss` computes it in the forward pass, some rows at a time that
 stay in the cache, and nothing of V numbers a token is ever kept. That is what a CPU's memory wants; on a GPU the
-compiler fuses head and loss itself. Refused: nothing, models decide what they take.
+compiler fuses head and loss itself. What is compiled is compiled once for each kind of step (`Plan.kind`), so that the
+same step runs the same program whatever was before it. Refused: nothing, models decide what they take.
 
 Shapes: B batch, T time, N = B T tokens, C width, V vocabulary, K tokens ahead that are predicted.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -16,23 +18,37 @@ from torch import Tensor
 
 from minigpt.masks import Documents
 from minigpt.model import GPT
+from minigpt.train import reproducible
 from speedrun.config import RaceConfig
 from speedrun.model import race_loss
 
 ROWS = 256  # tokens worked on at once: 4 MiB of float32 at a vocabulary of 4,096
+PROGRAMS = 256  # of one function; torch's own limit is 8, after which it goes on without compiling
 
 
 def loss_of(model: GPT, config: RaceConfig, dtype: torch.dtype, device: torch.device) -> Callable:
     """(tokens_BT, targets_BT, weights, **options of GPT.forward) -> what a step minimises and the mean nats of the next
     token, see `race_loss`; compiled where the config asks for it. `dtype` is that of the products."""
-    # A graph of launches is of one shape: where the plan changes it, another is recorded.
-    options = {"mode": "reduce-overhead", "dynamic": False} if config.cuda_graphs else {}
+    # Each of one shape: else the second shape would make a program for any, and a run that is resumed after it another.
+    options = {"dynamic": False} | ({"mode": "reduce-overhead"} if config.cuda_graphs else {})
     compiled = partial(torch.compile, **options) if config.compile else lambda function: function
     if config.fused_loss:
         return partial(by_kernel, compiled(model), config.z_loss)
     if gradient_ahead(config, device):
         return partial(by_rows, model, compiled(model.hidden), compiled(loss_and_gradient), dtype, config.z_loss)
-    return compiled(partial(at_once, model, config.z_loss))
+    return partial(at_once, compiled(partial(of_logits, model, config.z_loss)), dtype)
+
+
+@contextmanager
+def compiling(config: RaceConfig, device: torch.device) -> Iterator[None]:
+    """Around steps: as many programs as there are kinds of them, which on a CPU give the same bits each time."""
+    if not config.compile:
+        yield
+        return
+    from torch import _dynamo  # slow to import
+
+    with _dynamo.config.patch(recompile_limit=PROGRAMS), reproducible(device.type == "cpu"):
+        yield
 
 
 def gradient_ahead(config: RaceConfig, device: torch.device) -> bool:
@@ -46,7 +62,23 @@ def by_kernel(forward: Callable, z_loss: float, tokens_BT: Tensor, targets_BT: T
     return loss, loss.detach()
 
 
-def at_once(model: GPT, z_loss: float, tokens_BT: Tensor, targets_BT: Tensor, weights: tuple[float, ...], **options):
+def at_once(
+    program: Callable,
+    dtype: torch.dtype,
+    tokens_BT: Tensor,
+    targets_BT: Tensor,
+    weights: tuple[float, ...],
+    **options,
+):
+    # As tensors, which are filled on the device and not waited for: a program is compiled for the numbers it is given.
+    exact, device = torch.promote_types(dtype, torch.float32), tokens_BT.device
+    weights = tuple(torch.full((), weight, dtype=exact, device=device) for weight in weights)
+    return program(tokens_BT, targets_BT, weights, **options)
+
+
+def of_logits(
+    model: GPT, z_loss: float, tokens_BT: Tensor, targets_BT: Tensor, weights: tuple[Tensor, ...], **options
+) -> tuple[Tensor, Tensor]:
     return race_loss(model(tokens_BT, **options), targets_BT, weights, z_loss, options.get("documents"))
 
 

@@ -8,7 +8,7 @@ Shapes: B batch, T time, C width, V vocabulary, K channels of a head.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -136,7 +136,7 @@ class Fp8Linear(nn.Linear):
 def race_loss(
     logits_BTV: Tensor,
     targets_BT: Tensor,
-    weights: tuple[float, ...],
+    weights: Sequence[float | Tensor],
     z_loss: float = 0.0,
     documents: Documents | None = None,
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ of the stack (reduce-scatter), orthogonalises that, and hands the new weights ro
 and momentum lives with the owner alone. NorMuon (Li et al. 2025) evens out the rows, cautious decay (Liang et al. 2024)
 shrinks only weights that the update shrinks too. AdamW's tables are shared by rows in the same way. Collectives are
 started in one order and waited for in that order, so that they overlap with the work on what has come.
-Refused: parameters that are no matrices, options out of range, matrices without a gradient.
+Refused: parameters that are no matrices, options out of range, matrices without a gradient; on several ranks any
+parameter without one.
 
 Shapes: N matrices of a stack, R rows, C columns, W ranks.
 """
@@ -270,6 +271,10 @@ class Rows:
         assert not self._coming, "start twice without a step"
         if self.comm is None:
             return
+        for p in (*(p for p, _ in self.tables), *self.small):
+            if p.grad is None:  # the others may have one and wait for this rank's
+                raise ValueError(f"a parameter of shape {tuple(p.shape)} without a gradient on rank {self.comm.rank}: "
+                                 f"expected one for each on every rank")  # fmt: skip
         for p, own in self.tables:
             own.grad = torch.empty_like(own)
             gradient = p.grad.contiguous()

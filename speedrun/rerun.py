@@ -16,8 +16,8 @@ import torch
 from common.dist import World
 from common.log import cpu_threads
 from common.results import device_name
-from minigpt.train import reproducible
 from speedrun.config import RaceConfig
+from speedrun.loss import compiling
 from speedrun.record_log import RaceLog
 from speedrun.schedule import plan
 from speedrun.state import Run, machine
@@ -56,7 +56,7 @@ def rerun(log: RaceLog, steps: int) -> Rerun:
 def losses_of(run: Run, steps: int) -> list[float]:
     """The loop of speedrun/train.py without its clock, logs and looks."""
     make, losses = batches(run), []
-    with reproducible(run.config.compile and run.world.device.type == "cpu"):
+    with compiling(run.config, run.world.device):
         for step in range(steps):
             now = plan(step, run.config)
             change(run, now)

@@ -1,5 +1,5 @@
-"""The state of a race, and its checkpoints: those of stage 2, with the optimizers' states of each rank beside the
-weights.
+"""The state of a race: its optimizers, and its checkpoints, those of stage 2 with the optimizers' states of each rank
+beside the weights.
 
 A checkpoint goes on to the same bits on a CPU with as many threads. Refused: another config, architecture, text or
 number of ranks, and weights that are not finite.
@@ -8,6 +8,7 @@ number of ranks, and weights that are not finite.
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from common.dist import World
 from minigpt.checkpoint import Checkpoint, check_architecture, differing, flatten, save_checkpoint, unflatten
 from minigpt.data import TokenData
 from minigpt.model import GPT
+from minigpt.optim import group_names
 from minigpt.train_config import deciding, plain
 from parallel.comm import Comm
 from speedrun.config import RaceConfig
@@ -42,13 +44,51 @@ class Run:
     byte_lengths_V: Tensor
     spent: Spent
     documents: DocumentRows | None = None
-    forward: Callable[..., tuple[Tensor, Tensor]] = None  # speedrun/loss.py
+    forward: Callable[..., tuple[Tensor, Tensor]] | None = None  # speedrun/loss.py
     muon: Muon | None = None
     rest: Rows | None = None
     step: int = 0
     seconds: float = 0.0  # in steps, on the clock
     warm_seconds: float = 0.0  # in first passes, off the clock
     bits_per_byte: float = math.nan
+
+
+def make_optimizers(run: Run) -> None:
+    """Muon for the matrices of the blocks, AdamW for the rest; each group keeps its peak as `peak_lr`."""
+    config, names, parameters = run.config, group_names(run.model), dict(run.model.named_parameters())
+    if run.model.config.tied:  # it is drawn like a head, and has a head's rate
+        names["embedding"].remove("embedding.weight")
+        names["head"].append("embedding.weight")
+    matrices = [parameters[name] for name in names["matrices"]]
+    if config.optimizer == "muon":
+        options = {"beta2": config.normuon, "weight_decay": config.muon_decay, "cautious": config.cautious}
+        run.muon = Muon(matrices, config.muon_lr, config.momentum, dtype=run.dtype, comm=run.comm, **options)
+        run.muon.param_groups[0]["peak_lr"] = config.muon_lr
+        if config.bf16_weights:
+            run.muon.halve()
+    peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "rest": config.gain_lr}
+    decays = {"rest": 0.0, "embedding": config.embedding_decay}
+    groups = []
+    for kind, members in names.items():
+        if members and (kind != "matrices" or run.muon is None):
+            peak = peaks.get(kind) or config.learning_rate
+            group = {"params": [parameters[name] for name in members], "lr": peak, "peak_lr": peak}
+            groups.append(group | {"weight_decay": decays.get(kind, config.weight_decay)})
+    if run.choice.adamw == "torch":
+        adamw = partial(torch.optim.AdamW, fused=True)
+    else:
+        from cuda import optim
+
+        adamw = partial(optim.AdamW, kernels=run.choice.adamw)
+    make = partial(adamw, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
+    run.rest = Rows(groups, make, run.comm)
+
+
+def optimizers(run: Run) -> list[Muon | Rows]:
+    return [optimizer for optimizer in (run.muon, run.rest) if optimizer is not None]
+
+
+# ---- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def save(run: Run) -> None:
@@ -73,10 +113,9 @@ def save(run: Run) -> None:
         save_checkpoint(run.config.folder, run.step, state, weights, run.config.keep)
 
 
-def load(run: Run, checkpoint: Checkpoint) -> list[str]:
-    """Raises ValueError naming what differs when architecture, config, text or the number of ranks do."""
+def check_same(run: Run, checkpoint: Checkpoint) -> None:
+    """Raises ValueError naming what differs when config, text or the number of ranks do."""
     path, state = checkpoint.path, checkpoint.state
-    check_architecture(path, state["model_config"], asdict(run.model.config))
     if differences := differing(deciding(state["train_config"]), deciding(plain(run.config))):
         raise ValueError(f"{path} belongs to a run with another config: {differences}")
     if state["data_digest"] != run.data.digest:
@@ -86,6 +125,12 @@ def load(run: Run, checkpoint: Checkpoint) -> list[str]:
         raise ValueError(
             f"{path} is of {state['machine']['ranks']} ranks: expected as many, not {run.world.world_size}"
         )
+
+
+def load(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """Into a run with the model as it was when it was saved; warnings. Raises ValueError for another architecture."""
+    state = checkpoint.state
+    check_architecture(checkpoint.path, state["model_config"], asdict(run.model.config))
     run.model.load_state_dict(checkpoint.tensors("model"))
     states = unflatten(checkpoint.tensors(f"optimizer{run.world.rank}"), state["optimizer_groups"])
     for optimizer, its_state in zip(optimizers(run), states, strict=True):
@@ -94,10 +139,6 @@ def load(run: Run, checkpoint: Checkpoint) -> list[str]:
     run.bits_per_byte = math.nan if state["bits_per_byte"] is None else state["bits_per_byte"]
     changes = differing(state["machine"], machine(run))
     return [f"not bitwise the uninterrupted run: {changes}"] if changes else []
-
-
-def optimizers(run: Run) -> list:
-    return [optimizer for optimizer in (run.muon, run.rest) if optimizer is not None]
 
 
 def gathered(tensors: dict[str, Tensor], run: Run) -> list[dict[str, Tensor]]:

@@ -15,8 +15,8 @@ from torch import Tensor
 from common.dist import World
 from common.timing import compare
 from minigpt.batches import Prefetcher
-from minigpt.train import reproducible
 from speedrun.config import RaceConfig
+from speedrun.loss import compiling
 from speedrun.schedule import plan
 from speedrun.train import batches, change, gradients, prepare, update
 
@@ -53,8 +53,8 @@ def step_ratios(on: RaceConfig, off: RaceConfig, rounds: int, world: World) -> l
     """Seconds on over seconds off, a number for each round."""
     first = max(starts(on), starts(off), key=len)
     seconds = {"on": [0.0] * rounds, "off": [0.0] * rounds}
-    compiled = (on.compile or off.compile) and world.device.type == "cpu"
-    with tempfile.TemporaryDirectory() as folder, reproducible(compiled), ExitStack() as stack:
+    compiled = on if on.compile else off
+    with tempfile.TemporaryDirectory() as folder, compiling(compiled, world.device), ExitStack() as stack:
         sides = {name: Stepper(config, Path(folder) / name, world, stack) for name, config in
                  (("on", on), ("off", off))}  # fmt: skip
         for start in first:

@@ -9,6 +9,7 @@ an average of the weights, going on after a NaN.
 Shapes: B rows of this rank, T tokens in each, V vocabulary.
 """
 
+import gc
 import math
 import time
 from collections.abc import Callable
@@ -30,8 +31,7 @@ from minigpt.batches import Prefetcher, batch, check_length, held_out_windows, r
 from minigpt.checkpoint import TOKENIZER, load_checkpoint
 from minigpt.download import endpoint_from_env
 from minigpt.evaluate import score, spread, to_bits_per_byte
-from minigpt.optim import group_names
-from minigpt.train import interruptible, measured_peak, memory, refuse_existing, reproducible
+from minigpt.train import interruptible, measured_peak, memory, refuse_existing
 from minigpt.trainer import choose_dtype
 from parallel.mesh import Layout, Mesh
 from speedrun import dashboard, report, tracks
@@ -39,13 +39,13 @@ from speedrun.config import RaceConfig
 from speedrun.documents import DocumentRows, documents_of
 from speedrun.fits import EVALUATION_ROWS, check_machine, check_memory, free_memory
 from speedrun.logbook import begin_sitting, finish_log
-from speedrun.loss import loss_of
+from speedrun.loss import compiling, loss_of
 from speedrun.model import build, refuse, stretch, untie
-from speedrun.optim import Muon, Rows, clip
+from speedrun.optim import clip
 from speedrun.presets import from_command_line
 from speedrun.schedule import Plan, plan
 from speedrun.spent import Spent, TimedComm
-from speedrun.state import Run, load, optimizers, save
+from speedrun.state import Run, check_same, load, make_optimizers, optimizers, save
 from speedrun.summary import as_lines, sample, summarise
 from speedrun.winners import choose
 
@@ -86,8 +86,10 @@ def prepare(config: RaceConfig, world: World) -> tuple[Run, list[str]]:
     make_optimizers(run)
     if config.resume:
         checkpoint, warnings = load_checkpoint(config.folder)
+        check_same(run, checkpoint)
         run.step = checkpoint.state["step"]
-        change(run, plan(max(0, run.step - 1), config))  # the model as it was when it was saved
+        if run.step:
+            change(run, plan(run.step - 1, config))  # the model as it was when it was saved
         notes += warnings + load(run, checkpoint)
     run.forward = loss_of(run.model, config, run.dtype, world.device)
     comm.barrier()  # every rank has looked at the folder before rank 0 writes into it
@@ -103,7 +105,7 @@ def fitted(config: RaceConfig, world: World) -> RaceConfig:
     kinds: dict[tuple, list[int]] = {}
     for step in range(config.steps):
         kinds.setdefault(plan(step, config).kind, []).append(step)
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, compiling(config, world.device):
         run, _ = prepare(replace(config, folder=Path(folder) / "rehearsal", minutes=0.0), world)
         make, total = batches(run), 0.0
         for steps in kinds.values():
@@ -131,37 +133,6 @@ def check(config: RaceConfig, world: World) -> None:
                              f"{config.accumulate}: expected a multiple of {parts}")  # fmt: skip
     if config.ema:
         raise ValueError(f"ema {config.ema}: expected 0, the race has no average of the weights")
-
-
-def make_optimizers(run: Run) -> None:
-    """Muon for the matrices of the blocks, AdamW for the rest; each group keeps its peak as `peak_lr`."""
-    config, names, parameters = run.config, group_names(run.model), dict(run.model.named_parameters())
-    if run.model.config.tied:  # it is drawn like a head, and has a head's rate
-        names["embedding"].remove("embedding.weight")
-        names["head"].append("embedding.weight")
-    matrices = [parameters[name] for name in names["matrices"]]
-    if config.optimizer == "muon":
-        options = {"beta2": config.normuon, "weight_decay": config.muon_decay, "cautious": config.cautious}
-        run.muon = Muon(matrices, config.muon_lr, config.momentum, dtype=run.dtype, comm=run.comm, **options)
-        run.muon.param_groups[0]["peak_lr"] = config.muon_lr
-        if config.bf16_weights:
-            run.muon.halve()
-    peaks = {"embedding": config.embedding_lr, "head": config.head_lr, "rest": config.gain_lr}
-    decays = {"rest": 0.0, "embedding": config.embedding_decay}
-    groups = []
-    for kind, members in names.items():
-        if members and (kind != "matrices" or run.muon is None):
-            peak = peaks.get(kind) or config.learning_rate
-            group = {"params": [parameters[name] for name in members], "lr": peak, "peak_lr": peak}
-            groups.append(group | {"weight_decay": decays.get(kind, config.weight_decay)})
-    if run.choice.adamw == "torch":
-        adamw = partial(torch.optim.AdamW, fused=True)
-    else:
-        from cuda import optim
-
-        adamw = partial(optim.AdamW, kernels=run.choice.adamw)
-    make = partial(adamw, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps)
-    run.rest = Rows(groups, make, run.comm)
 
 
 # ---- a step ----------------------------------------------------------------------------------------------------------
@@ -242,13 +213,15 @@ def update(run: Run, now: Plan) -> None:
 
 
 def warm_up(run: Run, now: Plan, *batch_of_rank: Tensor) -> float:
-    """Seconds of a first pass of its kind, which compiles; off the clock, and without a trace in the run's numbers."""
+    """Seconds of a first pass of its kind, which compiles; off the clock, and without a trace in the run's numbers.
+    All ranks are done with it before one goes on, or the clock of the first would count its wait for the last."""
     wait_for(run.world.device)
     began = time.perf_counter()
     for _ in range(2 if run.config.cuda_graphs else 1):  # the second pass records the launches
         gradients(run, now, *batch_of_rank)
         run.model.zero_grad(set_to_none=True)
     wait_for(run.world.device)
+    run.comm.barrier()
     seconds = time.perf_counter() - began
     run.warm_seconds += seconds
     return seconds
@@ -266,9 +239,8 @@ def loop(run: Run, notes: list[str]) -> None:
     log = RunLog(config.folder, config, total_steps=config.steps, start_step=run.step, **watch)
     peak = 1e12 * config.peak_tflops or measured_peak(str(run.dtype).removeprefix("torch."), world.device)
     read_every = 1 if world.device.type == "cpu" else READ_EVERY
-    steady = reproducible(config.compile and world.device.type == "cpu")
     ahead = Prefetcher(batches(run), world.device, depth=2 if config.prefetch else 0)
-    with log, interruptible() as interrupted, ahead, steady:
+    with log, interruptible() as interrupted, ahead, compiling(config, world.device):
         for note in notes:
             log.message(note)
         unread, seen, began = [], set(), time.perf_counter()
@@ -337,7 +309,7 @@ def read(
     return metrics, {"loss": loss, "tokens_per_s": round(speed), "mfu": f"{mfu:.0%}"}, stops > 0
 
 
-# ---- looking ----------------------------------------------------------------------------------------------
+# ---- looking ---------------------------------------------------------------------------------------------------------
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -372,7 +344,11 @@ def race(config: RaceConfig, world: World) -> Run:
     if config.minutes and not config.resume:
         refuse_existing(config.folder)
         config = fitted(config, world)
+        gc.collect()  # the rehearsal's model, before the next one asks how much memory is free
+        torch.cuda.empty_cache()
     run, notes = prepare(config, world)
+    if config.minutes:
+        notes.append(f"{config.steps:,} steps, as many as were found to take {config.minutes:g} minutes")
     if run.step < config.steps:
         begin_sitting(run)
         loop(run, notes)

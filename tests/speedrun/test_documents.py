@@ -310,19 +310,23 @@ def test_a_gpt_by_starts_is_the_gpt_by_mask():
 
 
 def test_other_documents_are_no_reason_to_compile_again():
+    """Nor are fewer: starts of three documents and of more are of other shapes."""
     pytest.importorskip("triton")
     config = {"layers": 1, "width": 32, "heads": 2, "kv_heads": 1, "mlp_width": 24, "context": 12, "eval_stride": 6}
     model = build(RaceConfig(**config, documents=True, attention="triton"), 30)
     compilations = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(model, backend=compilations, fullgraph=True)
+    compiled = torch.compile(model, backend=compilations, fullgraph=True, dynamic=False)
     inputs, _, positions, numbers, begins = packed_rows()
-    for seed in range(3):
-        order = torch.randperm(3, generator=torch.Generator().manual_seed(seed))
-        begins = torch.from_numpy(starts(positions[order].numpy()))
-        where = documents_of(positions[order], numbers[order], begins, "triton")
+    plain = torch.arange(12).repeat(3, 1), torch.arange(3)[:, None].repeat(1, 12)
+    orders = [torch.randperm(3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    widths = set()
+    for order, its in [(order, (positions[order], numbers[order])) for order in orders] + [(orders[0], plain)]:
+        begins = torch.from_numpy(starts(its[0].numpy()))
+        widths.add(begins.shape[1])
+        where = documents_of(*its, begins, "triton")
         found, expected = (each(inputs[order], documents=where) for each in (compiled, model))
         assert (found - expected).abs().max() <= 1e-5
-    assert compilations.frame_count == 1
+    assert compilations.frame_count == 1 and len(widths) == 2
 
 
 # -- the thread --

@@ -1,6 +1,7 @@
 """Muon and what came after it against loops over single matrices in float64, and N ranks against one."""
 
 import math
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -176,14 +177,17 @@ def test_ranks_are_one_process_with_the_mean_gradient(world_size, early):
     assert [owned["numbers"] for _, _, owned in results] == ([18, 18] if world_size == 2 else [4, 4, 4])
 
 
-def test_shares_are_whole_and_disjoint():
-    class Fake:
-        def __init__(self, rank, size):
-            self.rank, self.size = rank, size
+class Group(NamedTuple):
+    """As much of a Comm as tells who owns what."""
 
+    rank: int
+    size: int
+
+
+def test_shares_are_whole_and_disjoint():
     for count in range(9):
         for size in (1, 2, 3, 8):
-            owned = [i for rank in range(size) for i in range(*share(count, Fake(rank, size)))]
+            owned = [i for rank in range(size) for i in range(*share(count, Group(rank, size)))]
             assert owned == list(range(count))
 
 
@@ -234,3 +238,15 @@ def test_other_parameters_are_refused():
     parameters[2].grad = None
     with pytest.raises(ValueError, match="a matrix without a gradient"):
         Muon(parameters).step()
+
+
+@pytest.mark.parametrize("lacking", [0, 1])
+def test_a_gradient_that_one_of_several_ranks_lacks_is_refused(lacking):
+    """Before anything is sent: a table's or a small parameter's."""
+    comm, rest = Group(rank=1, size=2), tables()
+    rows = Rows([{"params": rest}], adamw, comm)
+    give_gradients(rest, 0)
+    rest[lacking].grad = None
+    shape = r"\(8, 3\)" if lacking == 0 else r"\(7,\)"
+    with pytest.raises(ValueError, match=f"a parameter of shape {shape} without a gradient on rank 1"):
+        rows.start()

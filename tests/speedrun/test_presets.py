@@ -148,6 +148,7 @@ def test_own_text_is_on_no_track(monkeypatch, tmp_path):
         (("--track", "laptop", "--preset", "one-gpu"), "got 'one-gpu'"),
         (("--preset", "lapto"), "did you mean laptop?"),
         (("--unet-skip",), "unrecognized arguments: --unet-skip; did you mean --unet-skips"),
+        (("--unet=1",), "unrecognized arguments: --unet=1; did you mean --unet-skips?"),
     ],
 )
 def test_flags_that_contradict_or_do_not_exist(argv, message, monkeypatch, capsys):

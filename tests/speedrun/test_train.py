@@ -1,9 +1,14 @@
-"""Whole races, small: every switch of the schedule in one run, stopped and resumed between its changes; the clock."""
+"""Whole races, small: every switch of the schedule in one run, stopped and resumed between its changes; the clock; what
+is compiled when; what one rank of two meets."""
 
+import gc
 import json
 import math
 import signal
+import time
+import weakref
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,10 +17,10 @@ import pytest
 import torch
 
 from common.cli import UserError
-from common.dist import World
+from common.dist import World, init_from_env, spawn
 from minigpt.checkpoint import load_checkpoint, load_run
 from minigpt.config import EXTRAS
-from speedrun import train
+from speedrun import breakdown, loss, rerun, step_times, train
 from speedrun.presets import PRESETS
 from speedrun.schedule import plan
 
@@ -74,6 +79,18 @@ def test_a_run_stopped_anywhere_ends_like_the_undisturbed_one(smoke, tmp_path, m
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
 
 
+def test_a_run_killed_before_its_first_step_goes_on(smoke, tmp_path, monkeypatch):
+    """Its checkpoint is of the model that no plan has changed yet."""
+    config = replace(smoke, folder=tmp_path / "run", **SWITCHED["all of it"])
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "loop", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.race(config, WORLD)
+    train.race(replace(config, resume=True), WORLD)
+    train.race(replace(config, folder=tmp_path / "whole"), WORLD)
+    assert metrics(config.folder) == metrics(tmp_path / "whole")
+
+
 def press_at(monkeypatch, stop: int) -> None:
     """Ctrl-C in the middle of the step that ends as number `stop`."""
     update = train.update
@@ -96,18 +113,22 @@ def test_the_end_of_a_race_is_a_gpt_of_stage_2(smoke, tmp_path):
 
 
 def test_each_switch_of_a_run_changes_its_numbers(smoke, tmp_path):
-    """None of them is read by nobody."""
-    plain = train.race(replace(smoke, folder=tmp_path / "plain"), WORLD)
+    """None of them is read by nobody; some need another one to be on."""
+    smoke = replace(smoke, steps=8, eval_every=8)
+    plain = train.race(replace(smoke, folder=tmp_path / "plain", prefetch=False), WORLD)
     seen = {metrics(plain.config.folder): "none"}
-    single = CHANGING | {name: value for name, value in MODEL.items() if name != "layers"} | OPTIMIZER
-    quiet = {"yarn", "window_pattern", "mtp_until", "momentum_warmup", "accumulate", "prefetch", "clip"}
-    for name, value in single.items():
-        if name in quiet:
-            continue
+    single = CHANGING | MODEL | OPTIMIZER | {"tied": True, "untie_at": 0.5, "batch_lr": 0.0}
+    single |= {"cautious": False}
+    needs = {"yarn": "windows", "window_pattern": "windows", "mtp_until": "mtp", "momentum_warmup": "momentum_start",
+             "untie_at": "tied", "batch_lr": "batches", "cautious": "muon_decay"}  # fmt: skip
+    for name in sorted(single.keys() - {"layers", "accumulate", "prefetch"}, key=lambda name: name in needs):
         folder = tmp_path / name
-        train.race(replace(smoke, folder=folder, **{name: value}), WORLD)
+        changes = {each: single[each] for each in (name, needs.get(name)) if each}
+        train.race(replace(smoke, folder=folder, **changes), WORLD)
         assert metrics(folder) not in seen, f"{name} is like {seen[metrics(folder)]}"
         seen[metrics(folder)] = name
+    train.race(replace(smoke, folder=tmp_path / "prefetch", prefetch=True), WORLD)
+    assert seen[metrics(tmp_path / "prefetch")] == "none", "a thread makes the same batches"
 
 
 def test_other_rows_go_on_where_the_text_was_left(monkeypatch):
@@ -181,11 +202,141 @@ def test_steps_are_fitted_to_minutes(smoke, tmp_path, monkeypatch):
     assert rows == [8] * 5 + [16] * 5
 
 
+def test_a_rehearsal_compiles_what_the_race_runs_and_leaves_nothing(smoke, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    seen, models, gradients = set(), [], train.gradients
+
+    def watched(run, now, *batch):
+        seen.add(torch.are_deterministic_algorithms_enabled())
+        models.append(weakref.ref(run.model))
+        return gradients(run, now, *batch)
+
+    monkeypatch.setattr(train, "gradients", watched)
+    train.fitted(replace(smoke, folder=tmp_path / "run", compile=True, minutes=1.0), WORLD)
+    assert seen == {True} and not (tmp_path / "run").exists()
+    gc.collect()
+    assert models and all(model() is None for model in models)
+
+
+@pytest.mark.parametrize("ahead", [True, False])
+def test_all_is_compiled_in_first_passes(smoke, tmp_path, monkeypatch, ahead):
+    """More kinds of steps than the 8 programs after which torch by itself goes on without compiling, weights that are
+    others in each step: nothing of it on the clock."""
+    torch._dynamo.reset()
+    where, compiled, kinds, warm_up = ["step"], [], [], train.warm_up
+
+    def noted(graph, _):
+        compiled.append(where[0])
+        return graph.forward
+
+    def warm(run, now, *batch):
+        where[0] = "first pass"
+        kinds.append(now.kind)
+        seconds = warm_up(run, now, *batch)
+        where[0] = "step"
+        return seconds
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=noted))
+    monkeypatch.setattr(train, "warm_up", warm)
+    monkeypatch.setattr(loss, "gradient_ahead", lambda *_: ahead)
+    windows = ",".join(str(4 * number) for number in range(1, 11))
+    changes = {"windows": windows, "batches": "4,8,4", "mtp": "1,0.5", "mtp_until": 1.0, "layers": 1, "compile": True}
+    train.race(replace(smoke, folder=tmp_path / "run", **changes), WORLD)
+    torch._dynamo.reset()
+    assert len(kinds) == len(set(kinds)) >= 10 and set(compiled) == {"first pass"}
+    assert len(compiled) == len(kinds) + ahead, "the head's kernel works on so many rows, whatever the batch"
+
+
+def test_whoever_makes_steps_compiles_as_the_race_does(smoke, tmp_path, monkeypatch):
+    """Timing one switch after the other, a ninth model must not be timed uncompiled."""
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    seen, gradients = [], train.gradients
+
+    def watched(*arguments):
+        seen.append((torch._dynamo.config.recompile_limit, torch.are_deterministic_algorithms_enabled()))
+        return gradients(*arguments)
+
+    for module in (step_times, rerun, breakdown):
+        monkeypatch.setattr(module, "gradients", watched)
+    config = replace(smoke, compile=True, folder=tmp_path / "run")
+    step_times.step_ratios(replace(config, compile=False), config, 1, WORLD)
+    rerun.losses_of(train.prepare(config, WORLD)[0], 1)
+    breakdown.measure(config, WORLD, 1)
+    assert len(seen) >= 6 and set(seen) == {(loss.PROGRAMS, True)}
+    assert torch._dynamo.config.recompile_limit < loss.PROGRAMS, "as it was"
+
+
+# -- two ranks --
+def one_of_two(rank: int, world_size: int, config, folder: Path) -> list:
+    """What a rank sees when the other one is late in its first pass, is pressed Ctrl-C, has a NaN."""
+    world, seen = init_from_env("cpu"), []
+    gradients, update = train.gradients, train.update
+
+    def late(run, now, *batch):
+        if not run.warm_seconds:
+            here = folder / "rank 0 has begun"
+            if rank == 0:
+                here.touch()
+            while not here.exists():
+                time.sleep(0.01)
+            time.sleep(1.0 * rank)
+        return gradients(run, now, *batch)
+
+    train.gradients = late
+    run = train.race(replace(config, folder=folder / "late", steps=2), world)
+    seen.append(run.warm_seconds)
+    train.gradients = gradients
+
+    def pressed(run, now):
+        update(run, now)
+        if rank == 1 and run.step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    train.update = pressed
+    try:
+        train.race(replace(config, folder=folder / "pressed"), world)
+    except KeyboardInterrupt:
+        seen.append("stopped")
+    train.update = update
+
+    def spoilt(run, now, *batch):
+        return gradients(run, now, *batch) * (math.nan if rank == 1 and run.step == 2 else 1)
+
+    train.gradients = spoilt
+    try:
+        train.race(replace(config, folder=folder / "spoilt"), world)
+    except UserError as error:
+        seen.append(str(error))
+    return seen
+
+
+def test_what_befalls_one_rank_is_known_to_both(smoke, tmp_path):
+    for warm, pressed, error in spawn(one_of_two, 2, smoke, tmp_path):
+        assert warm >= 0.9, "who comes first waits for the other off the clock"
+        assert pressed == "stopped" and error.startswith("loss nan at step 3: stopped")
+    assert load_checkpoint(tmp_path / "pressed")[0].state["step"] == 3
+
+
 def test_a_loss_that_is_no_number_stops_the_run(smoke, tmp_path, monkeypatch):
     nan = torch.tensor(math.nan)
     monkeypatch.setattr(train, "loss_of", lambda model, *_: lambda tokens, *_: (model(tokens).sum() * nan, nan))
     with pytest.raises(UserError, match="loss nan at step 1: stopped"):
         train.race(replace(smoke, folder=tmp_path / "run"), WORLD)
+
+
+def test_a_checkpoint_of_another_race_is_refused(smoke, tmp_path):
+    """Before its step is looked up in a plan that has fewer."""
+    config = replace(smoke, folder=tmp_path / "run", windows="16,32,48")
+    train.race(config, WORLD)
+    before = metrics(config.folder)
+    for changes, message in (
+        ({"steps": 6}, "steps is 12 there, 6 asked"),
+        ({"windows": "16,32"}, "windows is 16,32,48 there, 16,32 asked"),
+        ({"corpus": signal.__file__}, "corpus is .* there"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train.race(replace(config, resume=True, **changes), WORLD)
+    assert metrics(config.folder) == before
 
 
 def test_what_a_race_refuses_writes_nothing(smoke, tmp_path):
