@@ -23,9 +23,9 @@ from speedrun.tracks import TRACKS, is_on
 
 LAPTOP = RaceConfig(
     track="laptop", device="cpu", folder=Path("runs/speedrun"), tokenizer="bpe:4096", layers=4, width=192, heads=2,
-    kv_heads=2, mlp="swiglu", mlp_width=512, value_embeddings=True, rope_base=100.0, softcap=15.0, context=128,
-    eval_stride=64, batch=16, steps=900, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1, head_lr=0.01,
-    gain_lr=0.01, beta2=0.99, eval_every=100, eval_windows=256, checkpoint_every=100, compile=True,
+    kv_heads=2, mlp="swiglu", mlp_width=512, value_embeddings=True, bigrams=32_768, rope_base=100.0, softcap=15.0,
+    context=128, eval_stride=64, batch=16, steps=1200, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1,
+    head_lr=0.01, gain_lr=0.01, beta2=0.99, eval_every=100, eval_windows=256, checkpoint_every=200, compile=True,
 )  # fmt: skip
 
 # The record's optimizer: NorMuon with cautious decay, momentum that warms up, Adam that forgets faster.
@@ -36,9 +36,9 @@ FORGETFUL = {
 ONE_GPU = replace(
     LAPTOP, **FORGETFUL, track="one-gpu", device="auto", folder=Path("runs/one-gpu"), corpus="python",
     tokenizer="bpe:16384", layers=8, width=768, heads=6, kv_heads=6, mlp="relu2", mlp_width=3072, value_gate=True,
-    attention_gate=True, x0_skip=True, backout=True, smear=True, rope_base=1024.0, context=1024, eval_stride=512,
-    batch=64, accumulate=1, steps=1500, floor=0.1, eval_every=250, checkpoint_every=500, attention="auto",
-    kernels="auto",
+    attention_gate=True, x0_skip=True, backout=True, smear=True, bigrams=0, rope_base=1024.0, context=1024,
+    eval_stride=512, batch=64, accumulate=1, steps=1500, floor=0.1, eval_every=250, checkpoint_every=500,
+    attention="auto", kernels="auto",
 )  # fmt: skip
 # What changes on the way changes at two steps, so that three programs are compiled and no more.
 FINEWEB = replace(
@@ -78,13 +78,13 @@ ON_TRACK = {
     "laptop": {
         "laptop": LAPTOP,
         "laptop-15": replace(
-            LAPTOP, folder=Path("runs/laptop-15"), width=256, mlp_width=704, steps=1700, checkpoint_every=200
+            LAPTOP, folder=Path("runs/laptop-15"), width=256, mlp_width=704, steps=2200
         ),
         "laptop-short": replace(
             LAPTOP, folder=Path("runs/laptop-short"), tokenizer="bpe:2048", layers=3, width=128, mlp_width=384,
-            steps=400, compile=False, clip=0.0,
+            bigrams=8_192, steps=400, compile=False, clip=0.0,
         ),
-        "laptop-eager": replace(LAPTOP, steps=600, compile=False),
+        "laptop-eager": replace(LAPTOP, steps=900, compile=False),
         "nanogpt": replace(LAPTOP, **NANOGPT, **SMALL, folder=Path("runs/nanogpt"), heads=3, kv_heads=3, mlp_width=768),
         "record21": replace(LAPTOP, **RECORD21, folder=Path("runs/record21"), momentum_warmup=150, mlp_width=768),
     },
@@ -110,6 +110,7 @@ ON_TRACK = {
 }  # fmt: skip
 SMOKE = replace(
     LAPTOP, track="", device="auto", folder=Path("runs/smoke"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64,
+    bigrams=0,
     context=64, batch=4, eval_stride=64, steps=40, warmup=5, eval_every=10, eval_windows=16, checkpoint_every=10,
     compile=False, clip=0.0,
 )  # fmt: skip
