@@ -160,7 +160,7 @@ def test_what_the_user_has_wrong_is_said_once():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     for flags, message in (
         (["--rank", "3"], "rank 3 in 2 blocks: expected multiples of the number of blocks"),
-        (["--ranks", "3"], "unrecognized arguments: --ranks 3"),
+        (["--ranks", "3"], "unrecognized arguments: --ranks 3; did you mean --rank?"),
     ):
         command = [*torchrun, "-m", "lora.block_diagonal", *flags]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
