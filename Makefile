@@ -80,6 +80,7 @@ bench: native
 	$(RUN) -m cuda.bench_triton --out $(OUT)
 	$(RUN) -m parallel.bench --out $(OUT)
 	$(RUN) -m lora.bench --device cpu --out $(OUT)
+	$(RUN) -m speedrun.breakdown --preset laptop --out $(OUT)
 	rm -rf build/scaling
 	$(RUN) -m minigpt.scaling --folder build/scaling --out $(OUT)
 
