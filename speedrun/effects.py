@@ -189,8 +189,8 @@ def chart(path: Path, rows: Sequence[Mapping[str, Any]], title: str) -> Path:
         zoom(left, [row["bits"] for row in shown], 0.0)
         zoom(right, [row["time"] for row in shown], 1.0)
         left.set(xlabel="bits per byte at equal steps, on - off: left of 0 the switch helps\n"
-                        "(filled: survives Holm's correction; arrow: the interval goes on)")  # fmt: skip
-        right.set(xlabel="time of a step, on / off: left of 1\nit saves time (filled: interval without 1)")
+                        "(filled: survives Holm; arrow: goes on)")  # fmt: skip
+        right.set(xlabel="time of a step, on / off: left of 1\nit saves time (filled: not 1)")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11)
         return save_figure(figure, path)
 
