@@ -24,7 +24,7 @@ from lora.methods import frozen_digest, trained
 from lora.packing import Rows
 from lora.task import Task
 from minigpt.batches import ROUNDS, permute
-from minigpt.checkpoint import differing, flatten, load_checkpoint, save_checkpoint, unflatten
+from minigpt.checkpoint import bits_depend_on, differing, flatten, load_checkpoint, save_checkpoint, unflatten
 from minigpt.model import GPT
 from minigpt.trainer import choose_dtype
 from parallel.comm import Comm
@@ -138,14 +138,7 @@ class Finetuner:
         return {"method": self.method, "frozen": self.frozen, "data": self.task.digest, "trained": count}
 
     def machine(self) -> dict[str, Any]:
-        """What the last bits of a result depend on."""
-        return {
-            "torch": str(torch.__version__),
-            "device": self.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "ranks": self.comm.size,
-        }
+        return bits_depend_on(self.device, self.dtype, self.comm.size)
 
     @torch.no_grad()
     def load(self) -> list[str]:

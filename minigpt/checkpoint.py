@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from common.log import atomic_write
@@ -101,6 +102,17 @@ def load_run(run: Path) -> tuple[GPT, Tokenizer]:
     model = GPT(GPTConfig(**checkpoint.state["model_config"]), seed=None)
     model.load_state_dict(checkpoint.tensors("ema") or checkpoint.tensors("model"))
     return model, Tokenizer.load(run / TOKENIZER)
+
+
+def bits_depend_on(device: torch.device, dtype: torch.dtype, ranks: int) -> dict[str, Any]:
+    """What the last bits of a result depend on, besides the config."""
+    return {
+        "torch": str(torch.__version__),
+        "device": device.type,
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "ranks": ranks,
+    }
 
 
 def check_architecture(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

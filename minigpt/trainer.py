@@ -19,6 +19,7 @@ from common.cli import UserError
 from common.dist import World
 from minigpt.batches import batch, held_out_windows, rank_rows
 from minigpt.checkpoint import (
+    bits_depend_on,
     check_architecture,
     differing,
     flatten,
@@ -192,14 +193,7 @@ class Trainer:
         self.saved_step = self.step
 
     def machine(self) -> dict[str, Any]:
-        """What the last bits of a result depend on, besides the config."""
-        return {
-            "torch": str(torch.__version__),
-            "device": self.world.device.type,
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "threads": torch.get_num_threads(),
-            "ranks": self.world.world_size,
-        }
+        return bits_depend_on(self.world.device, self.dtype, self.world.world_size)
 
     def load(self) -> list[str]:
         """Takes up the newest whole checkpoint of the run folder; returns warnings, also when the numbers may differ in

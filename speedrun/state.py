@@ -17,7 +17,15 @@ from torch import Tensor
 
 from common.cli import UserError
 from common.dist import World
-from minigpt.checkpoint import Checkpoint, check_architecture, differing, flatten, save_checkpoint, unflatten
+from minigpt.checkpoint import (
+    Checkpoint,
+    bits_depend_on,
+    check_architecture,
+    differing,
+    flatten,
+    save_checkpoint,
+    unflatten,
+)
 from minigpt.data import TokenData
 from minigpt.model import GPT
 from minigpt.optim import group_names
@@ -152,11 +160,4 @@ def gathered(tensors: dict[str, Tensor], run: Run) -> list[dict[str, Tensor]]:
 
 def machine(run: Run) -> dict[str, Any]:
     """What the last bits of a result depend on, besides the config."""
-    return {
-        "torch": str(torch.__version__),
-        "device": run.world.device.type,
-        "dtype": str(run.dtype).removeprefix("torch."),
-        "threads": torch.get_num_threads(),
-        "ranks": run.world.world_size,
-        "kernels": str(run.choice),
-    }
+    return bits_depend_on(run.world.device, run.dtype, run.world.world_size) | {"kernels": str(run.choice)}
