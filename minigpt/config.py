@@ -99,7 +99,7 @@ class GPTConfig:
 
     @property
     def reads_the_token_before(self) -> bool:
-        """Whether a token cannot be computed from a cache of keys and values and itself."""
+        """Whether what enters the first block is of a token and those before it."""
         return self.smear or bool(self.bigrams)
 
     def has_value_embedding(self, layer: int) -> bool:

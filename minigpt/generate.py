@@ -25,9 +25,9 @@ class Rows:
     First `push` tokens to the rows, then `logits`, and so on. The keys and values of what the model has read stay in
     the cache; what a row has beyond them is read at the next `logits`. A batch reads prompts of any lengths first,
     later one token a row and round; a single row reads any number at any time. `capacity` (the context if not given)
-    is how many tokens a row will hold at most. A GPT with smear or bigrams reads everything afresh each time. `numbers`
-    are the rows of the first batch that are still there, in the order of this one; `on_rows` is told before each pass
-    of the model which of those it reads, for models that treat rows differently.
+    is how many tokens a row will hold at most. `numbers` are the rows of the first batch that are still there, in the
+    order of this one; `on_rows` is told before each pass of the model which of those it reads, for models that treat
+    rows differently.
     """
 
     def __init__(
@@ -43,7 +43,6 @@ class Rows:
         self.numbers = list(range(batch))
         self.device = next(model.parameters()).device
         self.windows: list[list[int]] = [[] for _ in range(batch)]
-        use_cache = use_cache and not model.config.reads_the_token_before
         self.cache = KVCache(batch, min(self.context, capacity or self.context), self.device) if use_cache else None
 
     def is_full(self, row: int) -> bool:

@@ -1,5 +1,7 @@
 """The keys and values of tokens already read, so that the next token costs one forward pass of one position.
 
+A GPT whose embedding looks at the token before (smear, bigrams) has the tokens themselves kept beside them.
+
 Rows are ragged: each has its own length, and a row's next token goes to its own next place. Prompts of different length
 are padded on the right; `truncate` then forgets the padding, and what is read next overwrites it. So the causal rule
 with the positions of each row is the only mask there is. Refused: more tokens than the capacity.
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from minigpt.masks import visible
 
+TOKENS = -1  # in place of a layer: the tokens themselves, (B, 1, S, 1)
 PREALLOCATED = 4096  # tokens a row
 
 
@@ -28,7 +31,7 @@ class KVCache:
         if batch < 1 or capacity < 1:
             raise ValueError(f"batch {batch} and capacity {capacity}: expected at least 1 of each")
         self.capacity, self.device = capacity, device
-        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+        self.layers: dict[int, tuple[Tensor, ...]] = {}
         self._set_lengths([0] * batch)
 
     def _set_lengths(self, lengths: list[int], lengths_B: Tensor | None = None) -> None:
@@ -37,13 +40,13 @@ class KVCache:
         self.longest, self.ragged = max(lengths), len(set(lengths)) > 1
         self.lengths_B = torch.tensor(lengths, device=self.device) if lengths_B is None else lengths_B
 
-    def _reserve(self, layer: int, tokens: int, k_BGTK: Tensor) -> None:
+    def _reserve(self, layer: int, tokens: int, new: Sequence[Tensor]) -> None:
         """Room for so many tokens in every row and more; what is not written is zero, never NaN."""
         held = self.layers.get(layer, ())
         if held and held[0].shape[2] >= tokens:
             return
-        shape = (self.batch, k_BGTK.shape[1], min(max(2 * tokens, PREALLOCATED), self.capacity), k_BGTK.shape[3])
-        self.layers[layer] = (k_BGTK.new_zeros(shape), k_BGTK.new_zeros(shape))
+        room = min(max(2 * tokens, PREALLOCATED), self.capacity)
+        self.layers[layer] = tuple(x.new_zeros(self.batch, x.shape[1], room, x.shape[3]) for x in new)
         for new_BGSK, old_BGSK in zip(self.layers[layer], held, strict=False):
             new_BGSK[:, :, : old_BGSK.shape[2]] = old_BGSK
 
@@ -55,18 +58,26 @@ class KVCache:
             )
         return self.lengths_B[:, None] + torch.arange(T, device=self.device)
 
-    def append(self, layer: int, positions_BT: Tensor, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Writes the new keys and values of a layer; returns k_BGSK and v_BGSK of all tokens up to the longest row."""
-        used = self.longest + k_BGTK.shape[2]
-        self._reserve(layer, used, k_BGTK)
-        for kept_BGSK, new_BGTK in zip(self.layers[layer], (k_BGTK, v_BGTK), strict=True):
+    def append(self, layer: int, positions_BT: Tensor, *new: Tensor) -> tuple[Tensor, ...]:
+        """Writes the new (B, G, T, K) of a layer, keys and values; returns those of all tokens up to the longest row,
+        each (B, G, S, K)."""
+        used = self.longest + positions_BT.shape[1]
+        self._reserve(layer, used, new)
+        for kept_BGSK, new_BGTK in zip(self.layers[layer], new, strict=True):
             if self.ragged:
                 rows_B1 = torch.arange(self.batch, device=self.device)[:, None]
                 kept_BGSK[rows_B1, :, positions_BT] = new_BGTK.transpose(1, 2)
             else:  # one place for all rows: a plain copy, cheaper than an indexed one
                 kept_BGSK[:, :, self.longest : used] = new_BGTK
-        k_BGSK, v_BGSK = self.layers[layer]
-        return k_BGSK[:, :, :used], v_BGSK[:, :, :used]
+        return tuple(kept_BGSK[:, :, :used] for kept_BGSK in self.layers[layer])
+
+    def append_tokens(self, tokens_BT: Tensor, before: int) -> tuple[Tensor, Tensor]:
+        """Keeps the new tokens; returns them with so many in front of them that the cache holds, and where all of these
+        stand, both (B, before + T). In front of the beginning, at places below 0, is any token."""
+        T = tokens_BT.shape[1]
+        (kept_B1S1,) = self.append(TOKENS, self.positions(T), tokens_BT[:, None, :, None])
+        places_BT = self.lengths_B[:, None] + torch.arange(-before, T, device=self.device)
+        return kept_B1S1[:, 0, :, 0].gather(1, places_BT.clamp(min=0)), places_BT
 
     def mask(self, positions_BT: Tensor, window: int) -> Tensor | None:
         """(B, T, S), or None where all rows are as long: the plain causal rule, aligned at the end, says it all."""
@@ -91,7 +102,7 @@ class KVCache:
         if not rows or any(not 0 <= row < self.batch for row in rows):
             raise ValueError(f"rows {rows}: expected at least one, from 0 to {self.batch - 1}")
         index = torch.tensor(rows, device=self.device)
-        self.layers = {layer: (k[index], v[index]) for layer, (k, v) in self.layers.items()}
+        self.layers = {layer: tuple(x[index] for x in kept) for layer, kept in self.layers.items()}
         self._set_lengths([self.lengths[row] for row in rows])
 
     def put(self, row: int, other: "KVCache") -> None:
@@ -101,8 +112,8 @@ class KVCache:
                 f"row {row} from a cache of {other.batch} rows and {other.longest} tokens: expected 0 to "
                 f"{self.batch - 1} from a cache of one row and at most {self.capacity} tokens"
             )
-        for layer, (k_1GSK, v_1GSK) in other.layers.items():
-            self._reserve(layer, other.longest, k_1GSK)
-            for kept_BGSK, new_1GSK in zip(self.layers[layer], (k_1GSK, v_1GSK), strict=True):
+        for layer, theirs in other.layers.items():
+            self._reserve(layer, other.longest, theirs)
+            for kept_BGSK, new_1GSK in zip(self.layers[layer], theirs, strict=True):
                 kept_BGSK[row, :, : other.longest] = new_1GSK[0, :, : other.longest]
         self._set_lengths([*self.lengths[:row], other.longest, *self.lengths[row + 1 :]])

@@ -199,12 +199,6 @@ class Sight:
         self.windows = [config.window_of(layer, window) for layer in range(config.layers)]
         self.rules = {window: self._rule(window) for window in set(self.windows)}
 
-    def first_BT(self) -> Tensor:
-        """True where a token has none before it: at the beginning of a row, and of a document."""
-        if self.separator is not None:
-            return (self.tokens_BT == self.separator) | (self.positions_BT == 0)
-        return (self.positions_BT == 0).expand(self.tokens_BT.shape)
-
     def _rule(self, window: int) -> dict:
         if self.documents is not None and self.documents.starts is not None:
             return {"starts": self.documents.starts, "window": window}
@@ -388,10 +382,6 @@ class GPT(nn.Module):
         if documents is not None and any(x.shape != tokens_BT.shape for x in documents[:2]):
             shapes = [tuple(x.shape) for x in documents[:2]]
             raise ValueError(f"positions and documents of shapes {shapes}: expected {tuple(tokens_BT.shape)} of both")
-        if cache is not None and self.config.reads_the_token_before:
-            raise ValueError(
-                "a cache for a GPT with smear or bigrams: expected none, it does not keep the token before"
-            )
         T, held = tokens_BT.shape[1], cache.longest if cache is not None else 0
         if not 1 <= T <= self.config.context - held:
             there = f" after {held} in the cache" if held else ""
@@ -418,14 +408,20 @@ class GPT(nn.Module):
 
     def embed(self, sight: Sight) -> Tensor:
         """x_BTC that enters the first block."""
-        x_BTC = self.embedding(sight.tokens_BT)
+        tokens_BT, positions_BT, T = sight.tokens_BT, sight.positions_BT, sight.tokens_BT.shape[1]
+        if sight.cache is not None and self.config.reads_the_token_before:
+            # Two: smear looks at the one before together with its bigram. They are embedded again, and cut off.
+            tokens_BT, positions_BT = sight.cache.append_tokens(tokens_BT, before=2)
+        x_BTC = self.embedding(tokens_BT)
         if self.config.positions == "learned":
-            x_BTC = x_BTC + self.position_embedding(sight.positions_BT)
+            x_BTC = x_BTC + self.position_embedding(positions_BT.clamp(min=0))
         if self.config.reads_the_token_before:
-            first_BT = sight.first_BT()
-            x_BTC = self.bigrams(sight.tokens_BT, first_BT) + x_BTC if self.config.bigrams else x_BTC
+            first_BT = (positions_BT <= 0).expand(tokens_BT.shape)  # where there is none before
+            if sight.separator is not None:
+                first_BT = first_BT | (tokens_BT == sight.separator)
+            x_BTC = self.bigrams(tokens_BT, first_BT) + x_BTC if self.config.bigrams else x_BTC
             x_BTC = self.smear(x_BTC, first_BT) if self.config.smear else x_BTC
-        return x_BTC
+        return x_BTC if tokens_BT is sight.tokens_BT else x_BTC[:, -T:]
 
     def logits(self, x_BTC: Tensor) -> Tensor:
         """logits_BTV of hidden states, float32 at least: exp and tanh of half-precision logits lose the loss."""

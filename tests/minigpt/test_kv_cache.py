@@ -18,6 +18,9 @@ KINDS = {
     "learned positions": {"positions": "learned", "norm": "layernorm", "qkv_bias": True, "kv_heads": 2},
     "sliding window": {"window": 3, "window_pattern": "SSL", "kv_heads": 2},
     "window of one": {"window": 1, "window_pattern": "SL"},
+    "smear": {"smear": True, "positions": "learned", "norm": "layernorm"},
+    "bigrams": {"bigrams": 31, "kv_heads": 2},
+    "smear over bigrams": {"smear": True, "bigrams": 31, "x0_skip": True, "window": 5, "window_pattern": "SL"},
     "value embeddings": {"value_embeddings": True, "kv_heads": 2, "window": 5, "window_pattern": "SL"},
 }
 
@@ -108,6 +111,13 @@ def test_memory_is_taken_once_for_the_capacity():
     held = cache.layers[0][0]
     model(torch.randint(19, (2, 15)), cache=cache)
     assert held.shape[2] == 20 and cache.layers[0][0] is held
+
+
+def test_the_tokens_are_kept_only_where_they_are_asked_for_again():
+    for model, layers in ((random_gpt(), {0, 1, 2}), (random_gpt(smear=True), {kv_cache.TOKENS, 0, 1, 2})):
+        cache = KVCache(2, 20)
+        model(torch.randint(19, (2, 3)), cache=cache)
+        assert cache.layers.keys() == layers
 
 
 def test_beyond_that_memory_grows_with_the_tokens_up_to_the_capacity(monkeypatch):
