@@ -39,7 +39,9 @@ class GPTConfig:
     value_embeddings: bool = False  # every second layer, the last among them, adds an embedding of the token to v
     # What racing recipes add; see minigpt/extras.py. The model in numpy, pipelines and tensor parallelism refuse them.
     value_gate: bool = False  # of each head's value embedding, by the token
+    value_tables: int = 0  # shared by the first and the last layers, 0, 1, 2 ... 0, 1, 2; 0: every second has its own
     attention_gate: bool = False  # of each head's result, by the token
+    without_attention: str = ""  # "7,9": layers that are an MLP alone
     x0_skip: bool = False  # each block sees the embedding again
     unet_skips: bool = False  # each block of the second half sees what left its partner in the first
     backout: bool = False  # the head sees less of what left the block in the middle
@@ -77,10 +79,29 @@ class GPTConfig:
             raise ValueError(f"bigrams {self.bigrams}: expected 2 rows or more, or 0 for none")
         if self.value_gate and not self.value_embeddings:
             raise ValueError("value_gate without value_embeddings: expected both, there is nothing to gate")
+        if not all(part.isdecimal() and int(part) < self.layers for part in self.without_attention.split(",") if part):
+            raise ValueError(
+                f"without_attention {self.without_attention!r}: expected layers from 0 to {self.layers - 1}, like '1,2'"
+            )
+        if all(not self.attends(layer) for layer in range(self.layers)):
+            raise ValueError(f"without_attention {self.without_attention!r}: expected a layer that has it")
+        self._check_value_tables()
         if not all(part.isdecimal() and int(part) > 0 for part in self.rope_windows.split(",") if self.rope_windows):
             raise ValueError(f"rope_windows {self.rope_windows!r}: expected numbers of tokens, like '128,384'")
         if not self.window_pattern or set(self.window_pattern) - {"S", "L"}:
             raise ValueError(f"window_pattern {self.window_pattern!r}: expected letters S and L, like 'SSSL'")
+
+    def _check_value_tables(self) -> None:
+        if not 0 <= 2 * self.value_tables <= self.layers:
+            raise ValueError(
+                f"value_tables {self.value_tables}: expected at most half of the layers, {self.layers}, or 0"
+            )
+        if self.value_tables and not self.value_embeddings:
+            raise ValueError("value_tables without value_embeddings: expected both")
+        read = [layer for layer in range(self.layers) if self.value_table(layer) is not None]
+        if silent := [layer for layer in read if not self.attends(layer)]:
+            raise ValueError(f"without_attention {self.without_attention!r}: layers {silent} read one of the "
+                             f"{self.value_tables} value_tables, expected others")  # fmt: skip
 
     @property
     def key_width(self) -> int:
@@ -102,12 +123,24 @@ class GPTConfig:
         """Whether what enters the first block is of a token and those before it."""
         return self.smear or bool(self.bigrams)
 
+    def attends(self, layer: int) -> bool:
+        return str(layer) not in self.without_attention.split(",")
+
+    def value_table(self, layer: int) -> int | None:
+        """Which of the shared tables it reads."""
+        place = layer if layer < self.value_tables else layer - (self.layers - self.value_tables)
+        return place if 0 <= place < self.value_tables else None
+
     def has_value_embedding(self, layer: int) -> bool:
-        return self.value_embeddings and (self.layers - 1 - layer) % 2 == 0
+        """Whether it reads a table, of its own or a shared one."""
+        if self.value_tables:
+            return self.value_table(layer) is not None
+        return self.value_embeddings and self.attends(layer) and (self.layers - 1 - layer) % 2 == 0
 
 
 EXTRAS = (
-    "value_gate", "attention_gate", "x0_skip", "unet_skips", "backout", "smear", "bigrams", "rope_windows",
+    "value_gate", "value_tables", "attention_gate", "without_attention", "x0_skip", "unet_skips", "backout", "smear",
+    "bigrams", "rope_windows",
 )  # fmt: skip
 
 

@@ -140,7 +140,8 @@ class Attention(nn.Module):
             self.query_norm = parts.norm_cls(config.key_width, eps=config.norm_eps)
             self.key_norm = parts.norm_cls(config.key_width, eps=config.norm_eps)
         if config.has_value_embedding(layer):
-            self.value_embedding = parts.embedding_cls(config.vocab_size, kv_width)
+            if not config.value_tables:
+                self.value_embedding = parts.embedding_cls(config.vocab_size, kv_width)
             if config.value_gate:
                 self.value_gate = nn.Linear(min(GATE_WIDTH, config.width), config.kv_heads, bias=False)
         if config.attention_gate:
@@ -154,7 +155,7 @@ class Attention(nn.Module):
         k_BGTK = k_BGTK.reshape(B, T, self.config.kv_heads, K).transpose(1, 2)
         v_BTGK = v_BGTK.reshape(B, T, self.config.kv_heads, K)
         if self.config.has_value_embedding(self.layer):
-            e_BTGK = self.value_embedding(sight.tokens_BT).to(v_BTGK.dtype).view(v_BTGK.shape)
+            e_BTGK = self.token_values(sight).to(v_BTGK.dtype).view(v_BTGK.shape)
             if self.config.value_gate:
                 e_BTGK = gate(x_BTC, self.value_gate)[..., None] * e_BTGK
             v_BTGK = v_BTGK + e_BTGK
@@ -171,6 +172,12 @@ class Attention(nn.Module):
         if self.config.attention_gate:
             y_BTHK = gate(x_BTC, self.attention_gate)[..., None] * y_BTHK
         return self.output(y_BTHK.reshape(B, T, -1))
+
+    def token_values(self, sight: "Sight") -> Tensor:
+        """(B, T, G K), of this layer's own table or a shared one."""
+        shared = self.config.value_table(self.layer)
+        table = self.value_embedding if shared is None else sight.value_embeddings[shared]
+        return table(sight.tokens_BT)
 
     def project(self, x_BTC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values, heads side by side; a method of its own for those who compute them together."""
@@ -196,6 +203,7 @@ class Sight:
         self.tokens_BT, self.positions_BT, self.cache, self.separator = tokens_BT, positions_BT, cache, separator
         self.documents = documents
         self.cos_sin: tuple[Tensor, Tensor] | None = None
+        self.value_embeddings: nn.ModuleList | None = None  # those that layers share
         self.windows = [config.window_of(layer, window) for layer in range(config.layers)]
         self.rules = {window: self._rule(window) for window in set(self.windows)}
 
@@ -238,13 +246,17 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int, parts: Parts):
         super().__init__()
-        self.attention_norm = parts.norm_cls(config.width, eps=config.norm_eps)
-        self.attention = Attention(config, layer, parts)
+        if config.attends(layer):
+            self.attention_norm = parts.norm_cls(config.width, eps=config.norm_eps)
+            self.attention = Attention(config, layer, parts)
+        else:
+            self.attention = None
         self.mlp_norm = parts.norm_cls(config.width, eps=config.norm_eps)
         self.mlp = MLP(config, parts)
 
     def forward(self, x_BTC: Tensor, sight: Sight) -> Tensor:
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), sight)
+        if self.attention is not None:
+            x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), sight)
         return x_BTC + self.mlp(self.mlp_norm(x_BTC))
 
 
@@ -265,7 +277,7 @@ def initial_values(shapes: Mapping[str, tuple[int, ...]], tied: bool, seed: int)
     """
     generator = np.random.default_rng(seed)
     for name, shape in shapes.items():
-        if name.endswith(ZERO) or name.startswith("skips."):
+        if name.endswith(ZERO) or name.startswith(("skips.", "value_embeddings.")):
             yield name, torch.zeros(shape)
         elif len(shape) == 2:
             std = 1.0 if "embedding" in name and not tied else shape[1] ** -0.5
@@ -322,6 +334,10 @@ class GPT(nn.Module):
         self.bigrams = Bigrams(config, embedding_cls) if config.bigrams else None
         self.smear = Smear(config) if config.smear else None
         self.blocks = nn.ModuleList([Block(config, layer, parts) for layer in range(config.layers)])
+        if config.value_tables:
+            kv_width = config.kv_heads * config.key_width
+            tables = [embedding_cls(config.vocab_size, kv_width) for _ in range(config.value_tables)]
+            self.value_embeddings = nn.ModuleList(tables)
         self.skips = Skips(config) if config.x0_skip or config.unet_skips or config.backout else None
         self.norm = norm_cls(config.width, eps=config.norm_eps)
         if not config.tied:
@@ -394,6 +410,8 @@ class GPT(nn.Module):
         x_BTC = self.embed(sight)
         if self.config.positions == "rotary":  # one table for all heads, (B, 1, T, K)
             sight.cos_sin = tuple(t[positions_BT][:, None].to(x_BTC.dtype) for t in (self.cos_TK, self.sin_TK))
+        if self.config.value_tables:
+            sight.value_embeddings = self.value_embeddings
         past = [x_BTC]
         for layer, block in enumerate(self.blocks):
             x_BTC = self.skips(x_BTC, layer, past) if self.skips is not None else x_BTC
@@ -437,7 +455,7 @@ class GPT(nn.Module):
         return sum(p.numel() for p in self.parameters())
 
     def num_flops_per_token(self, T: int | None = None, window: int | None = None) -> int:
-        """6 N + 12 H K S of each layer, for a training step on sequences of T tokens (the context when not given).
+        """6 N + 12 H K S of each layer with attention: a training step on sequences of T tokens; T None: the context.
 
         N counts the weights that are matrix multiplied: not gains, biases and embedding lookups, but the head, tied or
         not; 2 FLOPs forward and 4 backward each. Attention: scores and mixing are 2 H K S multiply-adds forward, twice
@@ -450,5 +468,6 @@ class GPT(nn.Module):
             p.numel() for name, p in self.blocks.named_parameters() if p.ndim == 2 and "embedding" not in name
         )
         head = self.config.vocab_size * self.config.width
-        seen = sum(min(T, self.config.window_of(layer, window) or T) for layer in range(self.config.layers))
+        attending = filter(self.config.attends, range(self.config.layers))
+        seen = sum(min(T, self.config.window_of(layer, window) or T) for layer in attending)
         return 6 * (matrices + head) + 12 * inner_width * seen

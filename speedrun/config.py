@@ -19,6 +19,8 @@ class RaceConfig(TrainConfig):
     # the model
     zero_init: bool = option(True, "projections back into the stream and the head begin at zero")
     value_gate: bool = option(False, "value embeddings are scaled by the token, head by head")
+    value_tables: int = option(0, "tables that the first and last layers share, 012..012; 0: every second has its own")
+    without_attention: str = option("", "layers that are an MLP alone, '7'")
     attention_gate: bool = option(False, "what a head returns is scaled by the token")
     x0_skip: bool = option(False, "each block sees the embedding again, by a learned weight")
     unet_skips: bool = option(False, "the second half of the blocks sees what left the first, by learned weights")

@@ -78,7 +78,8 @@ def need(config: RaceConfig, vocab_size: int, ranks: int = 1, half: bool = True)
 
 def block_bytes(config: RaceConfig, model: GPTConfig, plan: memory.Plan) -> int:
     """What all blocks keep of `plan.T` tokens: parallel/memory.py's, what racing parts add, and what autocast costs:
-    the stream and what norms read are float32, and queries, keys and values each have a cast of their input."""
+    the stream and what norms read are float32, and queries, keys and values each have a cast of their input. A layer
+    without attention is taken for one that has it."""
     C, HK, GK = model.width, model.heads * model.key_width, model.kv_heads * model.key_width
     more = 4 - plan.number  # bytes of a number in float32 beyond those that memory.py counts
     casts = 2 * C * plan.number if more else 0

@@ -178,7 +178,8 @@ def stretch(model: GPT, windows: str) -> None:
         getattr(model, name).copy_(table_TK)
     if before and model.config.qk_norm:  # the gain of the queries is the scale of the scores
         for block in model.blocks:
-            block.attention.query_norm.weight.mul_(0.2 * math.log(now[-1] / before[-1]) + 1)
+            if block.attention is not None:
+                block.attention.query_norm.weight.mul_(0.2 * math.log(now[-1] / before[-1]) + 1)
 
 
 @torch.no_grad()

@@ -20,7 +20,9 @@ from tests.minigpt import models
 SMALL = {"vocab_size": 17, "context": 12, "layers": 5, "width": 16, "heads": 4, "kv_heads": 2, "mlp_width": 12}
 ON = {
     "value_gate": {"value_gate": True, "value_embeddings": True},
+    "value_tables": {"value_tables": 2, "value_embeddings": True},
     "attention_gate": {"attention_gate": True},
+    "without_attention": {"without_attention": "2"},
     "x0_skip": {"x0_skip": True},
     "unet_skips": {"unet_skips": True},
     "backout": {"backout": True},
@@ -40,9 +42,9 @@ def test_the_list_is_complete():
     assert set(EXTRAS) == set(ON) and GPTConfig(**SMALL, **ALL).extras == list(EXTRAS) and not GPTConfig().extras
 
 
-@pytest.mark.parametrize("name", [name for name in ON if name != "rope_windows"])
+@pytest.mark.parametrize("name", [name for name in ON if name not in ("rope_windows", "without_attention")])
 def test_a_fresh_part_changes_nothing_and_a_trained_one_does(name):
-    plain = GPT(GPTConfig(**SMALL, value_embeddings="value" in name), seed=3).double()
+    plain = GPT(GPTConfig(**SMALL, value_embeddings=name == "value_gate"), seed=3).double()
     with_it = GPT(GPTConfig(**SMALL, **ON[name]), seed=3).double()
     with torch.no_grad():
         for model in (plain, with_it):  # zero projections would hide everything
@@ -78,6 +80,34 @@ def test_skips_by_hand():
             wanted = wanted + skips.unet[4 - layer] * left[4 - layer]
         assert (entered[layer] - wanted).abs().max() <= 1e-12
     assert (last[0] - (left[4] - skips.backout * left[2])).abs().max() <= 1e-12
+
+
+def test_shared_tables_are_the_same_as_tables_of_their_own_that_are_equal():
+    """Five layers, two tables: 0, 1, none, 0, 1. A layer's own ones are 4, 2 and 0, so 2 is at zero and 1, 3 are by
+    hand."""
+    shared = random_gpt(value_tables=2, value_embeddings=True)
+    assert [shared.config.value_table(layer) for layer in range(5)] == [0, 1, None, 0, 1]
+    assert sum(name.startswith("value_embeddings.") for name, _ in shared.named_parameters()) == 2
+    plain = GPT(GPTConfig(**SMALL), seed=None).double()
+    plain.load_state_dict({name: p for name, p in shared.state_dict().items() if not name.startswith("value_emb")})
+    for layer, table in ((0, 0), (1, 1), (3, 0), (4, 1)):
+        added = shared.value_embeddings[table](TOKENS)
+        plain.blocks[layer].attention.value.register_forward_hook(lambda _, args, y, added=added: y + added)
+    assert (shared(TOKENS) - plain(TOKENS)).abs().max() <= 1e-12
+
+
+def test_a_layer_without_attention_is_its_mlp():
+    model, plain = random_gpt(without_attention="1,2"), random_gpt()
+    wanted = {
+        name: p for name, p in plain.state_dict().items() if not name.startswith(("blocks.1.att", "blocks.2.att"))
+    }
+    assert model.state_dict().keys() == wanted.keys()
+    model.load_state_dict(wanted)
+    for layer in (1, 2):
+        plain.blocks[layer].attention.register_forward_hook(lambda _, args, y: 0 * y)
+    assert (model(TOKENS) - plain(TOKENS)).abs().max() <= 1e-12
+    of_attention = 6 * (2 * 16 * 16 + 2 * 16 * 8) + 12 * 16 * 12  # q and o, k and v, scores over 12 tokens
+    assert plain.num_flops_per_token() - model.num_flops_per_token() == 2 * of_attention
 
 
 def test_gates_by_hand():
@@ -179,6 +209,17 @@ def test_who_has_no_such_part_says_so(name):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"value_tables": 3, "value_embeddings": True}, "value_tables 3: expected at most half of the layers, 5"),
+        ({"value_tables": -1, "value_embeddings": True}, "value_tables -1"),
+        ({"value_tables": 1}, "value_tables without value_embeddings"),
+        ({"without_attention": "5"}, "without_attention '5': expected layers from 0 to 4"),
+        ({"without_attention": "1,x"}, "without_attention '1,x'"),
+        ({"without_attention": "-1"}, "without_attention '-1'"),
+        ({"without_attention": "0,1,2,3,4"}, "expected a layer that has it"),
+        (
+            {"value_tables": 2, "value_embeddings": True, "without_attention": "2,3"},
+            r"layers \[3\] read one of the 2 value_tables",
+        ),
         ({"bigrams": 1}, "bigrams 1: expected 2 rows or more, or 0"),
         ({"bigrams": -3}, "bigrams -3"),
         ({"value_gate": True}, "value_gate without value_embeddings: expected both"),

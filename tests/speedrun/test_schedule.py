@@ -84,6 +84,8 @@ def test_numbers():
         ({"normuon": 1.0}, "normuon 1.0: expected 0 to less than 1"),
         ({"momentum_warmup": 0}, "momentum_warmup 0"),
         ({"mtp_until": 2.0}, "mtp_until 2.0: expected 0 to 1"),
+        ({"value_tables": 9}, "value_tables 9: expected at most half of the layers"),
+        ({"without_attention": "9"}, "without_attention '9': expected layers from 0"),
         ({"bigrams": 1}, "bigrams 1: expected 2 rows or more"),
         ({"value_gate": True, "value_embeddings": False}, "value_gate without value_embeddings"),
     ],

@@ -43,8 +43,8 @@ CHANGING = {
     "mtp": "1,0.5,0.25", "mtp_until": 0.6, "momentum_start": 0.8, "momentum_warmup": 6,
 }  # fmt: skip
 MODEL = {
-    "zero_init": False, "value_gate": True, "attention_gate": True, "x0_skip": True, "unet_skips": True,
-    "backout": True, "smear": True, "bigrams": 300, "layers": 3, "accumulate": 2,
+    "zero_init": False, "value_gate": True, "value_tables": 1, "attention_gate": True, "without_attention": "1",
+    "x0_skip": True, "unet_skips": True, "backout": True, "smear": True, "bigrams": 300, "layers": 3, "accumulate": 2,
 }  # fmt: skip
 OPTIMIZER = {"normuon": 0.9, "muon_decay": 0.2, "clip": 0.5, "prefetch": False}
 SWITCHED = {
