@@ -31,8 +31,8 @@ TRICKS = [
     "zero-init", "qk-norm", "relu2", "relu2-gelu", "untied", "untie-late", "softcap", "value-embeddings",
     "value-tables", "value-gate", "attention-gate", "without-attention", "x0-skip", "unet-skips", "backout", "smear",
     "bigrams", "windows", "yarn", "document-mask", "documents", "batches", "contexts", "mtp", "muon", "momentum-warmup",
-    "normuon", "cautious-decay", "cautious", "bf16-weights", "fp8-head", "fp8-mlp", "fused-loss", "compile", "cuda-
-    graphs", "prefetch", "overlap",
+    "normuon", "cautious-decay", "cautious", "bf16-weights", "fp8-head", "fp8-mlp", "fused-loss", "compile",
+    "cuda-graphs", "prefetch", "overlap",
 ]  # fmt: skip
 
 
