@@ -5,7 +5,6 @@ Over steps, tokens or seconds. Refused: a folder without the metrics of a run of
 """
 
 import argparse
-import json
 import math
 from itertools import accumulate
 from pathlib import Path
@@ -19,8 +18,8 @@ AXES = ("step", "tokens", "seconds")
 LOOKS = (("held-out text, a few windows", "held_out_look"), ("all of it", "held_out_bits_per_byte"))
 
 
-def read_run(folder: Path) -> tuple[list[dict], dict, list[dict]]:
-    """(metrics, config, timing) of a run. Raises ValueError naming the folder when it holds no run."""
+def read_run(folder: Path) -> tuple[list[dict], list[dict]]:
+    """(metrics, timing) of a run. Raises ValueError naming the folder when it holds no run."""
     if not (folder / "metrics.jsonl").exists():
         raise ValueError(f"{folder}: no metrics.jsonl: expected the folder of a run")
     rows = read_jsonl(folder / "metrics.jsonl")
@@ -29,8 +28,7 @@ def read_run(folder: Path) -> tuple[list[dict], dict, list[dict]]:
     if missing := [name for name in COLUMNS if name not in rows[0]]:
         raise ValueError(f"{folder}: metrics.jsonl has no {missing[0]}: expected the metrics of minigpt.train")
     timing = folder / "timing.jsonl"
-    config = json.loads((folder / "config.json").read_text())["config"]
-    return rows, config, read_jsonl(timing) if timing.exists() else []
+    return rows, read_jsonl(timing) if timing.exists() else []
 
 
 def smoothed(values: list[float], share: float = 0.05) -> list[float]:
@@ -38,23 +36,23 @@ def smoothed(values: list[float], share: float = 0.05) -> list[float]:
     return list(accumulate(values, lambda mean, value: mean + (value - mean) * share))
 
 
-def positions(rows: list[dict], config: dict, timing: list[dict], axis: str) -> dict[int, float]:
+def positions(rows: list[dict], timing: list[dict], axis: str) -> dict[int, float]:
     """Where each logged step stands on the axis."""
     steps = [row["step"] for row in rows]
     if axis == "step":
         return {step: step for step in steps}
-    if axis == "tokens":
-        return {step: step * config["batch"] * config["context"] for step in steps}
-    seconds = {row["step"]: row["step_ms"] / 1e3 for row in timing}
-    if missing := [step for step in steps if step not in seconds]:
+    taken = {row["step"]: row["step_ms"] / 1e3 for row in timing}
+    if axis == "tokens":  # not by the config: a batch may grow on the way
+        taken = {row["step"]: round(row["tokens_per_s"] * taken[row["step"]]) for row in timing}
+    if missing := [step for step in steps if step not in taken]:
         raise ValueError(f"step {missing[0]} is not in timing.jsonl: expected a time for each step of metrics.jsonl")
-    return dict(zip(steps, accumulate(seconds[step] for step in steps), strict=True))
+    return dict(zip(steps, accumulate(taken[step] for step in steps), strict=True))
 
 
 def series_of(folder: Path, axis: str = "step", prefix: str = "") -> dict[str, tuple[list, list]]:
     """The curves of one run, for `common.plots.curve`."""
-    rows, config, timing = read_run(folder)
-    place = positions(rows, config, timing, axis)
+    rows, timing = read_run(folder)
+    place = positions(rows, timing, axis)
     series = {
         f"{prefix}training batches (smoothed)": (
             [place[row["step"]] for row in rows],
@@ -91,7 +89,7 @@ def plot_runs(folders: list[Path], out: Path, axis: str) -> None:
 def table(folders: list[Path]) -> str:
     lines = [f"{'run':24} {'steps':>7} {'last look':>10} {'all held out':>13} {'tokens/s':>10}"]
     for folder in folders:
-        rows, _, timing = read_run(folder)
+        rows, timing = read_run(folder)
         look = [row["held_out_look"] for row in rows if "held_out_look" in row]
         final = [row["held_out_bits_per_byte"] for row in rows if "held_out_bits_per_byte" in row]
         speeds = sorted(row["tokens_per_s"] for row in timing)

@@ -11,10 +11,10 @@ from typing import Any
 
 from speedrun import doubts
 from speedrun.config import RaceConfig
-from speedrun.logbook import UNITS, in_bits, nats_per_bit, tokens_of
+from speedrun.logbook import UNITS, in_bits, tokens_of
 from speedrun.record_log import RaceLog, contradictions, digest_of, number, read_chain, seconds_to
 from speedrun.schedule import plan
-from speedrun.tracks import TRACKS, Track, is_on
+from speedrun.tracks import TRACKS, Track, is_on, nats_per_bit
 
 CORES = 2  # of a race on a CPU
 SHOWN = 3  # findings of one kind; the rest is counted

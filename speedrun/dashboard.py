@@ -24,7 +24,7 @@ from speedrun.config import RaceConfig
 from speedrun.presets import PRESETS
 from speedrun.run_files import parts_of
 from speedrun.schedule import plan
-from speedrun.tracks import NATS, TRACKS, nats_per_token
+from speedrun.tracks import NATS, TRACKS, nats_per_bit, predicted
 
 BEGIN, END = "\x1b[?2026h\x1b[?25l", "\x1b[?25h\x1b[?2026l"  # one drawing is one update, as far as terminals know that
 CLEAR_LINE, CLEAR_BELOW = "\x1b[K", "\x1b[J"
@@ -48,7 +48,7 @@ def view(run: Any, track: str = "") -> "Dashboard | None":
     where = [f"preset {name}" for name, preset in PRESETS.items() if plain(preset) == plain(config)]
     where.append(f"track {track}" if track else f"corpus {config.corpus}")
     target = f"target {TRACKS[track].target:.2f} {TRACKS[track].unit}" if track else ""
-    nats = nats_per_token(1.0, run.data) if track and TRACKS[track].unit == NATS else 0.0
+    nats = nats_per_bit(predicted(run.data)) if track and TRACKS[track].unit == NATS else 0.0
     title = (f"{config.folder}", *where, size, f"{device_name(world.device)}, {ranks}")
     dashboard = Dashboard(title, config, run.step, run.seconds, target, nats)
     path = config.folder / "metrics.jsonl"

@@ -7,8 +7,6 @@ between the first sitting's start and the end are named in the log. Refused: fol
 
 import datetime
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,7 @@ from speedrun.config import RaceConfig
 from speedrun.record_log import NAME, RaceLog, digest_of, seconds_to, source_digests, write_log
 from speedrun.schedule import plan
 from speedrun.state import Run, machine
-from speedrun.tracks import TRACKS, Track
+from speedrun.tracks import TRACKS, Track, nats_per_bit, predicted
 
 SITTINGS = "sittings.json"
 KEPT = ("loss", "train_bits_per_byte", "lr_share", "held_out_look", "held_out_bits_per_byte")
@@ -77,8 +75,7 @@ def about(run: Run) -> dict[str, Any]:
         "config": portable(plain(run.config)),
         "data_digest": run.data.digest,
         "vocabulary": run.data.tokenizer.vocab_size,
-        "held_out_tokens": run.data.held_out.size - 1,
-        "held_out_bytes": int(run.data.byte_lengths[run.data.held_out[1:]].sum()),
+        **predicted(run.data),
         "machine": last["name"],
         "choice": asdict(run.choice),
         "source": digest_of(first["sources"]),
@@ -132,11 +129,6 @@ def tokens_of(step: int, config: RaceConfig) -> int:
     return now.rows * now.context
 
 
-def nats_per_bit(about: Mapping[str, Any]) -> float:
-    """Nats per token of one bit per byte, on this held-out text in these tokens."""
-    return math.log(2) * about["held_out_bytes"] / about["held_out_tokens"]
-
-
 def in_bits(track: Track, nats: float) -> float:
-    """The target of a track in bits per byte; nats: see nats_per_bit."""
+    """The target of a track in bits per byte; nats: see tracks.nats_per_bit."""
     return track.target / nats if UNITS[track.unit] == "nats_per_token" else track.target

@@ -13,9 +13,9 @@ from typing import Any
 
 from common.log import read_jsonl
 from speedrun.config import RaceConfig
-from speedrun.logbook import in_bits, nats_per_bit
+from speedrun.logbook import in_bits
 from speedrun.record_log import RaceLog, read_log, seconds_to
-from speedrun.tracks import NATS, TRACKS, Track
+from speedrun.tracks import NATS, TRACKS, Track, nats_per_bit
 
 LOOKS = ("held_out_look", "held_out_bits_per_byte")  # at some windows; at all of the text
 UNIT = "_ms"

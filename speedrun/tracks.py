@@ -7,7 +7,9 @@ config refuses flags that contradict its track, `judged` refuses held-out text t
 import argparse
 import difflib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from common import cli
 from common.cli import UserError
@@ -137,10 +139,15 @@ def judged(data: TokenData, name: str) -> TokenData:
     return replace(data, held_out=held_out, held_out_bytes=size)
 
 
-def nats_per_token(bits_per_byte: float, data: TokenData) -> float:
-    """What a target in nats per token is compared with: of all held-out tokens but the first, which none precedes."""
+def predicted(data: TokenData) -> dict[str, int]:
+    """How many tokens and bytes of the held-out text are predicted: all but the first token, which none precedes."""
     size = data.held_out_bytes - int(data.byte_lengths[data.held_out[0]])
-    return bits_per_byte * math.log(2) * size / (data.held_out.size - 1)
+    return {"held_out_tokens": data.held_out.size - 1, "held_out_bytes": size}
+
+
+def nats_per_bit(counts: Mapping[str, Any]) -> float:
+    """Nats per token of one bit per byte, by the counts of `predicted`."""
+    return math.log(2) * counts["held_out_bytes"] / counts["held_out_tokens"]
 
 
 def table() -> str:

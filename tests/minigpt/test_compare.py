@@ -22,7 +22,7 @@ def runs(tmp_path):
         rows = [{"step": step, "loss": 3.0, "train_bits_per_byte": 5.0 - step} for step in (1, 2, 3)]
         rows[1]["held_out_look"] = 2.5
         rows[2]["held_out_bits_per_byte"] = 2.25
-        times = [{"step": step, "step_ms": 100.0 * step, "tokens_per_s": 10.0 * step} for step in (1, 2, 3)]
+        times = [{"step": step, "step_ms": 100.0 * step, "tokens_per_s": 80.0 * batch} for step in (1, 2, 3)]
         (folder / "config.json").write_text(json.dumps(config))
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         (folder / "timing.jsonl").write_text("".join(json.dumps(row) + "\n" for row in times))
@@ -30,19 +30,19 @@ def runs(tmp_path):
 
 
 def test_axes(runs):
-    rows, config, timing = read_run(runs[1])
-    assert positions(rows, config, timing, "step") == {1: 1, 2: 2, 3: 3}
-    assert positions(rows, config, timing, "tokens") == {1: 32, 2: 64, 3: 96}
-    assert positions(rows, config, timing, "seconds") == pytest.approx({1: 0.1, 2: 0.3, 3: 0.6})
+    rows, timing = read_run(runs[1])
+    assert positions(rows, timing, "step") == {1: 1, 2: 2, 3: 3}
+    assert positions(rows, timing, "tokens") == {1: 32, 2: 96, 3: 192}  # a batch that grows
+    assert positions(rows, timing, "seconds") == pytest.approx({1: 0.1, 2: 0.3, 3: 0.6})
     with pytest.raises(ValueError, match=r"step 3 is not in timing.jsonl"):
-        positions(rows, config, timing[:2], "seconds")
+        positions(rows, timing[:2], "seconds")
 
 
 def test_series(runs):
     series = series_of(runs[0], "tokens", "x: ")
-    assert series["x: training batches (smoothed)"][0] == [16, 32, 48]
-    assert series["x: held-out text, a few windows"] == ((32,), (2.5,))
-    assert series["x: all of it"] == ((48,), (2.25,))
+    assert series["x: training batches (smoothed)"][0] == [16, 48, 96]
+    assert series["x: held-out text, a few windows"] == ((48,), (2.5,))
+    assert series["x: all of it"] == ((96,), (2.25,))
 
 
 def test_smoothing_is_the_moving_average():

@@ -9,11 +9,11 @@ import numpy as np
 
 from minigpt.train_config import plain
 from speedrun.config import RaceConfig
-from speedrun.logbook import in_bits, nats_per_bit, tokens_of
+from speedrun.logbook import in_bits, tokens_of
 from speedrun.model import build
 from speedrun.record_log import RaceLog, digest_of, seconds_to, write_log
 from speedrun.schedule import plan
-from speedrun.tracks import TRACKS
+from speedrun.tracks import TRACKS, nats_per_bit
 
 CONFIG = RaceConfig(
     track="laptop", layers=1, width=8, heads=2, kv_heads=2, mlp_width=8, context=16, eval_stride=8, batch=4,

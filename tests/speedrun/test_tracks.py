@@ -18,7 +18,7 @@ from minigpt.tokenizer import Tokenizer
 from speedrun import tracks, train
 from speedrun.config import RaceConfig
 from speedrun.presets import ON_TRACK, PRESETS
-from speedrun.tracks import TRACKS, check_track, judged, load, nats_per_token, table
+from speedrun.tracks import TRACKS, check_track, judged, load, nats_per_bit, predicted, table
 
 NOWHERE = "http://127.0.0.1:9"
 ALONE = World(0, 1, 0, torch.device("cpu"), None)
@@ -88,7 +88,8 @@ def test_nats_per_token_by_hand():
     """5 predicted tokens of 1 + 3 + 0 + 3 + 1 bytes that cost 9 nats."""
     data = data_of(np.array([2, 1, 2, 0, 2, 1], dtype=np.uint16), [0, 1, 3])
     bits_per_byte = 9 / np.log(2) / 8
-    assert nats_per_token(bits_per_byte, data) == pytest.approx(9 / 5, rel=1e-12)
+    assert predicted(data) == {"held_out_tokens": 5, "held_out_bytes": 8}
+    assert bits_per_byte * nats_per_bit(predicted(data)) == pytest.approx(9 / 5, rel=1e-12)
 
 
 # ---- fineweb, missing or damaged -------------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ def test_a_short_held_out_shard_is_refused_on_the_track_alone(tmp_path, monkeypa
         train.race(small(tmp_path), ALONE)
     assert not (tmp_path / "run").exists()
     run = train.race(replace(small(tmp_path), track=""), ALONE)
-    assert run.step == 4 and 0 < nats_per_token(run.bits_per_byte, run.data) < 10
+    assert run.step == 4 and 0 < run.bits_per_byte * nats_per_bit(predicted(run.data)) < 10
     rates = {id(p): group["peak_lr"] for group in run.rest.param_groups for p in group["params"]}
     head, table = run.model.head.weight, run.model.embedding.weight
     assert rates[id(head)] == rates[id(table)] == run.config.head_lr, "what was the head keeps the head's rate"
