@@ -61,7 +61,7 @@ def test_pictures_and_table(runs, tmp_path, monkeypatch, capsys):
     compare.main()
     assert out.read_bytes().startswith(b"\x89PNG") and str(out) in capsys.readouterr().out
     line = table(runs).splitlines()[2].split()
-    assert line == ["two", "3", "2.5000", "2.2500", "20"]
+    assert line == ["two", "3", "2.5000", "2.2500", "320"]
 
 
 def test_what_is_no_run_is_named(runs, tmp_path, monkeypatch, capsys):
