@@ -3,9 +3,9 @@
     <!-- table: autograd/bench columns="case,ours_ms:.2f=ours (ms),ratio:.2f" where="dtype=float32" -->
     <!-- /table -->
 
-A column is `key`, `key:format` or `key:format=heading`; `where` is `key=value, key=value`. Each device has a table of
-its own, from its newest file. Refused: columns no row has, conditions no row meets, markers without partner. Markers in
-code blocks are left alone.
+A column is `key`, `key:format` or `key:format=heading`; `bits.low` is the key `low` of what stands under `bits`.
+`where` is `key=value, key=value`. Each device has a table of its own, from its newest file. Refused: columns no row has,
+conditions no row meets, markers without partner. Markers in code blocks are left alone.
 """
 
 import json
@@ -123,7 +123,7 @@ def newest_files(results: Path, stage: str, name: str) -> list[Path]:
 
 def _table(file: Path, columns: list[Column], conditions: str, path: Path, where: str) -> str:
     result = json.loads(file.read_bytes())
-    rows = [row for row in result["rows"] if _meets(row, conditions, where)]
+    rows = [row for row in map(_flat, result["rows"]) if _meets(row, conditions, where)]
     if not rows:
         raise ValueError(f"{where}: no row of {file} meets where={conditions!r}")
     for column in columns:
@@ -136,6 +136,14 @@ def _table(file: Path, columns: list[Column], conditions: str, path: Path, where
     link = Path(os.path.relpath(file, path.parent)).as_posix()
     table = "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
     return f"{table}\n*{result['device']}, {result['date']}, [{file.name}]({link})*\n"
+
+
+def _flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": 1, "b": {"c": 2}} with "b.c" beside "a" and "b"."""
+    flat = {prefix + key: value for key, value in row.items()}
+    for key, value in row.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {}
+    return flat
 
 
 def _meets(row: Mapping[str, Any], conditions: str, where: str) -> bool:

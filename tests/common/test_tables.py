@@ -56,6 +56,16 @@ def test_the_whole_block(tmp_path):
     )
 
 
+def test_keys_below_keys(tmp_path):
+    result(tmp_path, [{"case": "a", "bits": {"low": -0.5, "of": {"n": 3}}}, {"case": "b", "bits": None}])
+    path = readme(tmp_path, 'columns="case,bits.low:+.2f,bits.of.n=seeds" where="bits.of.n=3"')
+    rewrite(tmp_path)
+    assert "| case | bits.low | seeds |\n| --- | --: | --: |\n| a | -0.50 | 3 |\n\n" in block(path)
+    path = readme(tmp_path, 'columns="case,bits.low"')
+    rewrite(tmp_path)
+    assert "| a | -0.5 |\n| b | – |\n" in block(path)
+
+
 def test_a_second_time_changes_nothing(tmp_path):
     result(tmp_path)
     path = readme(tmp_path)
