@@ -4,8 +4,8 @@
     <!-- /table -->
 
 A column is `key`, `key:format` or `key:format=heading`; `bits.low` is the key `low` of what stands under `bits`.
-`where` is `key=value, key=value`. Each device has a table of its own, from its newest file. Refused: columns no row has,
-conditions no row meets, markers without partner. Markers in code blocks are left alone.
+`where` is `key=value, key=value`. Each device has a table of its own, from its newest file. Refused: columns no row
+has, conditions no row meets, markers without partner. Markers in code blocks are left alone.
 """
 
 import json
