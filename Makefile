@@ -22,15 +22,16 @@ TARGETS := all
 test gpu sanitize: TARGETS := all test_kernels
 speedrun: TARGETS := _bpe
 
-# Tests of kernels run in one process each: two at once where pytest-xdist is installed. The others start processes and
-# watch clocks, and go alone.
+# Most tests run in one process each, of one thread: two at once where pytest-xdist is installed. The others start many
+# processes and watch clocks, and go alone.
 two_at_once = $$($(RUN) -c 'import xdist' 2>/dev/null && echo "-n 2 --dist worksteal")
+IN_ONE := tests/cuda tests/autograd tests/minigpt tests/lora
 
 test: native
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(RUN) -m pytest $(two_at_once) tests/cuda
-	$(RUN) -m pytest --ignore tests/cuda
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(two_at_once) $(IN_ONE)
+	$(RUN) -m pytest $(addprefix --ignore ,$(IN_ONE))
 	@$(MAKE) --no-print-directory test-triton-oldest
 
 # The tests of the kernels in Triton once more, with the oldest Triton that is supported, in a folder of its own. Not with
