@@ -124,7 +124,7 @@ class GPTConfig:
         return self.smear or bool(self.bigrams)
 
     def attends(self, layer: int) -> bool:
-        return str(layer) not in self.without_attention.split(",")
+        return layer not in {int(part) for part in self.without_attention.split(",") if part}
 
     def value_table(self, layer: int) -> int | None:
         """Which of the shared tables it reads."""
