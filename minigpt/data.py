@@ -27,6 +27,7 @@ class TokenData:
     held_out: np.ndarray  # uint16 or uint32 of shape (tokens,)
     held_out_bytes: int  # of held-out text, separators not counted
     held_out_text: bytes | None  # None where only tokens are at hand
+    held_out_names: tuple[str, ...] | None  # of its documents; None likewise
     byte_lengths: np.ndarray  # of each token id, int64 of shape (vocab_size,); 0 for the separator
     documents: int | None  # None where nobody counted
     digest: str  # of the text, `+`, of the tokenizer; hexadecimal
@@ -79,8 +80,9 @@ def _text_data(corpus: TextCorpus, spec: str) -> TokenData:
     )
     text = corpus.held_out_text
     return TokenData(
-        corpus.name, tokenizer, TokenStream([train]), held_out, len(text), text, tokenizer.byte_lengths(),
-        corpus.documents, f"{corpus.digest}+{tokenizer.digest}", corpus.describe(),
+        corpus.name, tokenizer, TokenStream([train]), held_out, len(text), text,
+        tuple(name for name, _ in corpus.held_out), tokenizer.byte_lengths(), corpus.documents,
+        f"{corpus.digest}+{tokenizer.digest}", corpus.describe(),
     )  # fmt: skip
 
 
@@ -100,6 +102,6 @@ def _shard_data(name: str, shards: ShardFolder, spec: str) -> TokenData:
     counted = f"{documents} documents of {meta['source']}, held out: {meta['split']}" if meta else "token shards"
     return TokenData(
         name, tokenizer, TokenStream(train), held_out,
-        int(count_tokens(held_out, tokenizer.vocab_size) @ byte_lengths), None, byte_lengths,
+        int(count_tokens(held_out, tokenizer.vocab_size) @ byte_lengths), None, None, byte_lengths,
         documents, f"{digest}+{tokenizer.digest}", f"corpus {name}: {counted}, digest {digest[:12]}",
     )  # fmt: skip

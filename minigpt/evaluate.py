@@ -7,7 +7,7 @@ slightly to our disadvantage.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -50,7 +50,6 @@ def spread(windows: list[Window], count: int) -> list[Window]:
     return [windows[i * len(windows) // count] for i in range(count)]
 
 
-@torch.no_grad()
 def score(
     model: Callable[[Tensor], Tensor],
     tokens: np.ndarray,
@@ -64,6 +63,26 @@ def score(
     """(nats, bytes) over the counted predictions of `windows`, float64 of shape (2,); `rows` windows at a time."""
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     byte_lengths_V = torch.from_numpy(byte_lengths).to(device)
+    for _, targets_BT, nats_BT, counted_BT in predictions(
+        model, tokens, windows, rows=rows, device=device, dtype=dtype
+    ):
+        bytes_BT = byte_lengths_V[targets_BT] * counted_BT
+        totals += torch.stack([nats_BT[counted_BT].sum(), bytes_BT.sum().double()])
+    return totals
+
+
+@torch.no_grad()
+def predictions(
+    model: Callable[[Tensor], Tensor],
+    tokens: np.ndarray,
+    windows: list[Window],
+    *,
+    rows: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Iterator[tuple[list[Window], Tensor, Tensor, Tensor]]:
+    """For `rows` windows at a time: those, and of shape (B, T) what is predicted, its nats in float64, and which of
+    them count."""
     for first in range(0, len(windows), rows):
         group = windows[first : first + rows]
         text_BT = np.stack([tokens[start : start + length + 1] for start, length, _ in group]).astype(np.int64)
@@ -73,7 +92,4 @@ def score(
             logits_BTV = model(inputs_BT)
         nats_BT = F.cross_entropy(logits_BTV.transpose(1, 2), targets_BT, reduction="none").double()
         first_B1 = torch.tensor([[scored] for _, _, scored in group], device=device)
-        counted_BT = torch.arange(targets_BT.shape[1], device=device) >= first_B1
-        bytes_BT = byte_lengths_V[targets_BT] * counted_BT
-        totals += torch.stack([nats_BT[counted_BT].sum(), bytes_BT.sum().double()])
-    return totals
+        yield group, targets_BT, nats_BT, torch.arange(targets_BT.shape[1], device=device) >= first_B1

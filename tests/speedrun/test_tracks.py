@@ -65,8 +65,8 @@ def test_arguments_that_nobody_reads_are_refused(monkeypatch, capsys):
 
 def data_of(tokens: np.ndarray, lengths: list[int]) -> TokenData:
     return TokenData(
-        "text", Tokenizer.bytes_only(), None, tokens, int(np.array(lengths)[tokens].sum()), None, np.array(lengths), 1,
-        "digest", "about",
+        "text", Tokenizer.bytes_only(), None, tokens, int(np.array(lengths)[tokens].sum()), None, None,
+        np.array(lengths), 1, "digest", "about",
     )  # fmt: skip
 
 

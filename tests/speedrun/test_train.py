@@ -18,6 +18,7 @@ import torch
 
 from common.cli import UserError
 from common.dist import World, init_from_env, spawn
+from minigpt.by_document import by_document
 from minigpt.checkpoint import load_checkpoint, load_run
 from minigpt.config import EXTRAS
 from speedrun import breakdown, loss, rerun, step_times, train
@@ -58,6 +59,15 @@ SWITCHED = {
 
 def metrics(folder: Path) -> bytes:
     return (folder / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["everything that changes", "documents"])
+def test_the_bits_of_its_documents_add_up_to_a_races_number(smoke, tmp_path, name):
+    """What evaluates a stored run sees the windows and documents that the race saw in the end."""
+    run = train.race(
+        replace(smoke, folder=tmp_path / "run", **(SWITCHED | {"documents": {"documents": True}})[name]), WORLD
+    )
+    assert abs(by_document(tmp_path / "run").bits_per_byte - run.bits_per_byte) <= 1e-9
 
 
 @pytest.mark.parametrize("name", SWITCHED)
