@@ -54,9 +54,12 @@ class DocumentRows:
         """Tokens that an epoch leaves out, less than a row of each shard: of those that no full row was left for."""
         return int((np.maximum(self.stream.sizes - 1, 0) - context * self._rows_of_shards(context)).sum())
 
-    def batch(self, *, seed: int, row: int, rows: int, context: int, parts: int = 1) -> tuple[np.ndarray, ...]:
+    def batch(
+        self, *, seed: int, row: int, rows: int, context: int, window: int = 0, parts: int = 1
+    ) -> tuple[np.ndarray, ...]:
         """(inputs, targets, positions, documents), int64 (B, T), of rows row..row+rows-1, and `starts` of `parts` equal
-        parts of them.
+        parts of them. With a `window` that divides the context, rows are cut into as many of T = window tokens, and so
+        are the documents in them.
 
         A target is the token that follows in the text, at the end of a piece too: after a document that is the next
         separator, which a model has to predict to write an end, and which held-out text is judged on. Positions count
@@ -69,7 +72,7 @@ class DocumentRows:
         inputs, targets, positions, documents = np.empty((4, *shape), dtype=np.int64)
         pieces = 0
         for places, shard, rows_b in self._places(seed, row, rows, context):
-            starts_P, lengths_P = pieces_of(self.packing(shard, context), rows_b)
+            starts_P, lengths_P = parted(*pieces_of(self.packing(shard, context), rows_b), window or context)
             begins_P = lengths_P.cumsum() - lengths_P
             positions_N = np.arange(places.size * context) - begins_P.repeat(lengths_P)
             offsets_N = positions_N + starts_P.repeat(lengths_P)
@@ -79,7 +82,8 @@ class DocumentRows:
             for array, values_N in zip((inputs, targets, positions, documents), found, strict=True):
                 array[places] = values_N.reshape(-1, context)
             pieces += starts_P.size
-        return inputs, targets, positions, documents, starts(positions, parts)
+        found = [array.reshape(-1, window or context) for array in (inputs, targets, positions, documents)]
+        return *found, starts(found[2], parts)
 
     def packing(self, shard: int, context: int) -> Packing:
         """Of a shard into rows of `context` tokens. Raises ValueError when it has no separator."""
@@ -191,6 +195,15 @@ def pieces_of(packing: Packing, rows_B: np.ndarray) -> tuple[np.ndarray, np.ndar
     counts_B = packing.first_R[rows_B + 1] - first_B
     index = np.arange(counts_B.sum()) + (first_B - (counts_B.cumsum() - counts_B)).repeat(counts_B)
     return packing.starts_P[index], packing.lengths_P[index]
+
+
+def parted(starts_P: np.ndarray, lengths_P: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pieces, laid end to end, cut wherever a multiple of `width` tokens is behind them."""
+    ends_P = lengths_P.cumsum()
+    begins_P = ends_P - lengths_P
+    cuts = np.union1d(begins_P, np.arange(0, ends_P[-1], width))
+    piece = np.searchsorted(begins_P, cuts, side="right") - 1
+    return starts_P[piece] + cuts - begins_P[piece], np.diff(cuts, append=ends_P[-1])
 
 
 # ---- attention -------------------------------------------------------------------------------------------------------

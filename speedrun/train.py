@@ -127,10 +127,13 @@ def fitted(config: RaceConfig, world: World) -> RaceConfig:
 def check(config: RaceConfig, world: World) -> None:
     """Raises ValueError for what ranks or this program cannot do."""
     for step in range(config.steps):
-        rows, parts = plan(step, config).rows, world.world_size * config.accumulate
-        if rows % parts:
-            raise ValueError(f"{rows} rows at step {step} over {world.world_size} ranks x accumulate "
-                             f"{config.accumulate}: expected a multiple of {parts}")  # fmt: skip
+        now, ranks = plan(step, config), world.world_size
+        if now.rows % (ranks * config.accumulate):
+            raise ValueError(f"{now.rows} rows at step {step} over {ranks} ranks x accumulate {config.accumulate}: "
+                             f"expected a multiple of {ranks * config.accumulate}")  # fmt: skip
+        if long_rows(now, config) % ranks:
+            raise ValueError(f"{long_rows(now, config)} rows of {config.context} at step {step} over {ranks} ranks: "
+                             f"expected a multiple of {ranks}, shorter windows are parts of them")  # fmt: skip
     if config.ema:
         raise ValueError(f"ema {config.ema}: expected 0, the race has no average of the weights")
 
@@ -139,24 +142,24 @@ def check(config: RaceConfig, world: World) -> None:
 
 
 def batches(run: Run) -> Callable[[int], tuple]:
-    """step -> numpy (inputs_BT, targets_BT) of this rank, with documents what tells where they are. Rows are taken one
-    after the other; longer or shorter ones go on where as many tokens are behind them."""
-    config, world, seen = run.config, run.world, 0
-    firsts = []
-    for step in range(config.steps):
-        now = plan(step, config)
-        firsts.append(-(-seen // now.context))
-        seen = (firsts[-1] + now.rows) * now.context
+    """step -> numpy (inputs_BT, targets_BT) of this rank, with documents what tells where they are. Shorter windows are
+    parts of the rows of config.context that would stand in their place, so that an epoch has every token once."""
+    config, world = run.config, run.world
+    taken = list(accumulate((long_rows(plan(step, config), config) for step in range(config.steps)), initial=0))
 
     def make(step: int) -> tuple:
         now = plan(step, config)
-        first, rows = rank_rows(firsts[step], now.rows, world.rank, world.world_size)
-        where = {"seed": config.seed, "row": first, "rows": rows, "context": now.context}
+        first, rows = rank_rows(taken[step], long_rows(now, config), world.rank, world.world_size)
+        where = {"seed": config.seed, "row": first, "rows": rows, "context": config.context}
         if run.documents is not None:
-            return run.documents.batch(**where, parts=config.accumulate)
-        return batch(run.data.train, **where)
+            return run.documents.batch(**where, window=now.context, parts=config.accumulate)
+        return tuple(array.reshape(-1, now.context) for array in batch(run.data.train, **where))
 
     return make
+
+
+def long_rows(now: Plan, config: RaceConfig) -> int:
+    return now.rows * now.context // config.context
 
 
 def change(run: Run, now: Plan) -> None:

@@ -368,7 +368,7 @@ def test_a_step_has_the_gradient_of_its_documents(config, tmp_path):
     run.model.load_state_dict(stirred(run.model.config).state_dict())
     now = plan(0, config)
     inputs, targets, positions, numbers, _ = given = [torch.from_numpy(part) for part in batches(run)(0)]
-    assert len(numbers.unique()) > 2 * len(numbers), "short documents, or nothing is tested"
+    assert len(numbers.unique()) > len(numbers), "short documents, or nothing is tested"
     nats, _ = gradients(run, now, *given)
     ours = [p.grad.clone() for p in run.model.parameters()]
     run.model.zero_grad()

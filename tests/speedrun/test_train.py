@@ -9,19 +9,21 @@ import time
 import weakref
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from common.cli import UserError
 from common.dist import World, init_from_env, spawn
+from minigpt.batches import TokenStream
 from minigpt.by_document import by_document
 from minigpt.checkpoint import load_checkpoint, load_run
 from minigpt.config import EXTRAS
 from speedrun import breakdown, loss, rerun, step_times, train
+from speedrun.documents import DocumentRows
 from speedrun.presets import PRESETS
 from speedrun.schedule import plan
 
@@ -141,17 +143,32 @@ def test_each_switch_of_a_run_changes_its_numbers(smoke, tmp_path):
     assert seen[metrics(tmp_path / "prefetch")] == "none", "a thread makes the same batches"
 
 
-def test_other_rows_go_on_where_the_text_was_left(monkeypatch):
-    """Not at its beginning, which the shorter rows have read."""
-    taken: list[tuple[int, int]] = []  # in tokens of the text: from, to
-    monkeypatch.setattr(train, "batch", lambda _, *, row, rows, context, **others: taken.append(
-        (row * context, (row + rows) * context)))  # fmt: skip
-    config = replace(PRESETS["smoke"], batches="3,4", contexts="32,64,16", steps=12)
-    make = train.batches(SimpleNamespace(config=config, world=WORLD, documents=None, data=SimpleNamespace(train=None)))
-    for step in range(12):
-        make(step)
-    assert all(0 <= begin - end < 64 for (_, end), (begin, _) in pairwise(taken))
-    assert taken[0][0] == 0 and taken[4][0] == 768 and taken[-1][1] == 64 * (6 * 3 + 6 * 4)
+@pytest.mark.parametrize("documents", [False, True], ids=["windows", "documents"])
+def test_an_epoch_has_every_token_once_whatever_the_contexts(documents):
+    """All tokens but separators are different ones, so what comes twice is seen."""
+    tokens = np.arange(64 * 47 + 1, dtype=np.uint16)
+    tokens[::37] = SEPARATOR = 60_000
+    stream = TokenStream([tokens])
+    config = replace(PRESETS["smoke"], batches="3,4,4", contexts="32,64,16,16", steps=12, documents=documents)
+    rows = DocumentRows(stream, SEPARATOR) if documents else None
+    make = train.batches(
+        SimpleNamespace(config=config, world=WORLD, documents=rows, data=SimpleNamespace(train=stream))
+    )
+    found = [make(step) for step in range(12)]
+    assert [len(inputs) for inputs, *_ in found] == [6] * 3 + [3] + [4] * 2 + [16] * 6
+    every = np.concatenate([inputs.ravel() for inputs, *_ in found])
+    assert every.size == 64 * (3 * 4 + 4 * 8), "nearly the epoch"
+    assert np.unique(every[every != SEPARATOR]).size == (every != SEPARATOR).sum()
+    for (inputs, targets, *where), step in zip(found, range(12), strict=True):
+        assert inputs.shape[1] == plan(step, config).context
+        follows = (targets == inputs + 1) | (targets == SEPARATOR) | (inputs == SEPARATOR)
+        assert follows.all()
+        if documents:
+            positions, numbers, _ = where
+            assert (positions[:, 0] == 0).all(), "a window begins a piece"
+            same = numbers[:, 1:] == numbers[:, :-1]
+            assert ((positions[:, 1:] == positions[:, :-1] + 1) == same).all() and (positions[:, 1:][~same] == 0).all()
+            assert (inputs[:, 1:][same] == targets[:, :-1][same]).all()
 
 
 def test_the_clock_counts_steps_alone(smoke, tmp_path, monkeypatch):
@@ -347,6 +364,13 @@ def test_a_checkpoint_of_another_race_is_refused(smoke, tmp_path):
         with pytest.raises(ValueError, match=message):
             train.race(replace(config, resume=True, **changes), WORLD)
     assert metrics(config.folder) == before
+
+
+def test_ranks_share_the_rows_that_windows_are_parts_of(smoke):
+    two = World(0, 2, 0, torch.device("cpu"), "gloo")
+    train.check(replace(smoke, batch=4, contexts="16,64"), two)
+    with pytest.raises(ValueError, match="3 rows of 64 at step 0 over 2 ranks: expected a multiple of 2"):
+        train.check(replace(smoke, batch=3, contexts="32,64"), two)
 
 
 def test_what_a_race_refuses_writes_nothing(smoke, tmp_path):
