@@ -24,9 +24,12 @@ from speedrun.tracks import TRACKS, is_on
 LAPTOP = RaceConfig(
     track="laptop", device="cpu", folder=Path("runs/speedrun"), tokenizer="bpe:4096", layers=4, width=192, heads=2,
     kv_heads=2, mlp="swiglu", mlp_width=512, value_embeddings=True, bigrams=32_768, rope_base=100.0, softcap=15.0,
-    context=128, eval_stride=64, batch=16, steps=1200, warmup=20, optimizer="muon", muon_lr=0.014, embedding_lr=0.1,
-    head_lr=0.01, gain_lr=0.01, beta2=0.99, eval_every=100, eval_windows=256, checkpoint_every=200, compile=True,
+    context=128, eval_stride=64, batch=16, steps=1350, warmup=20, cooldown=0.4, optimizer="muon", muon_lr=0.03,
+    embedding_lr=0.1, head_lr=0.01, gain_lr=0.01, beta2=0.99, eval_every=100, eval_windows=256, checkpoint_every=200, compile=True,
 )  # fmt: skip
+
+# For shorter runs, and for what was measured with it.
+GENTLE = {"muon_lr": 0.014, "cooldown": 0.6}
 
 # The record's optimizer: NorMuon with cautious decay, momentum that warms up, Adam that forgets faster.
 FORGETFUL = {
@@ -79,10 +82,10 @@ ON_TRACK = {
         "laptop": LAPTOP,
         # One pass over the text, 1,475 steps, and no more: what is read again is remembered, not learned; see LOG.md.
         "laptop-15": replace(
-            LAPTOP, folder=Path("runs/laptop-15"), width=256, mlp_width=704, steps=1450
+            LAPTOP, **GENTLE, folder=Path("runs/laptop-15"), width=256, mlp_width=704, steps=1450
         ),
         "laptop-short": replace(
-            LAPTOP, folder=Path("runs/laptop-short"), tokenizer="bpe:2048", layers=3, width=128, mlp_width=384,
+            LAPTOP, **GENTLE, folder=Path("runs/laptop-short"), tokenizer="bpe:2048", layers=3, width=128, mlp_width=384,
             bigrams=8_192, steps=400, compile=False, clip=0.0,
         ),
         "laptop-eager": replace(LAPTOP, steps=900, compile=False),
@@ -116,7 +119,7 @@ ON_TRACK = {
     },
 }  # fmt: skip
 SMOKE = replace(
-    LAPTOP, track="", device="auto", folder=Path("runs/smoke"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64,
+    LAPTOP, **GENTLE, track="", device="auto", folder=Path("runs/smoke"), tokenizer="bpe:512", layers=2, width=32, mlp_width=64,
     bigrams=0,
     context=64, batch=4, eval_stride=64, steps=40, warmup=5, eval_every=10, eval_windows=16, checkpoint_every=10,
     compile=False, clip=0.0,
