@@ -23,7 +23,7 @@ ROWS = 32  # windows at a time
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentBits:
     """Of D held-out documents: names, bytes (D,) int64, and the bits (D,) float64 that a run needs for each, with those
     for the separator in front of it. The text's first separator is free."""
 
@@ -37,7 +37,7 @@ class Documents:
         return float(self.bits.sum() / self.sizes.sum())
 
 
-def by_document(folder: Path) -> Documents:
+def by_document(folder: Path) -> DocumentBits:
     """Of a run's newest checkpoint, by the windows and in the dtype of its own evaluation, on the CPU. Raises
     ValueError naming what does not fit."""
     state = load_checkpoint(folder)[0].state
@@ -61,7 +61,7 @@ def by_document(folder: Path) -> Documents:
     for group, _, nats_BT, counted_BT in predictions(of_run, data.held_out, windows, **given):
         for (start, length, _), nats_T, counted_T in zip(group, nats_BT.numpy(), counted_BT.numpy(), strict=True):
             nats[start + 1 : start + 1 + length][counted_T] = nats_T[counted_T]
-    return Documents(*_sums(data, nats), data.digest.partition("+")[0])
+    return DocumentBits(*_sums(data, nats), data.digest.partition("+")[0])
 
 
 def _sums(data: TokenData, nats: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
@@ -70,7 +70,7 @@ def _sums(data: TokenData, nats: np.ndarray) -> tuple[tuple[str, ...], np.ndarra
     return data.held_out_names, sizes, np.bincount(document, weights=nats) / math.log(2)
 
 
-def table(runs: dict[str, Documents], rows: int) -> str:
+def table(runs: dict[str, DocumentBits], rows: int) -> str:
     """Of one or two runs: the documents with the largest share of what is asked for, the largest first."""
     first, last = (list(runs.values())[i] for i in (0, -1))
     if first.text != last.text or first.names != last.names:
