@@ -61,7 +61,10 @@ std::vector<T> integers(size_t count, unsigned seed) {
   return values;
 }
 
-inline double larger(double worst, double error) { return !(error <= worst) ? error : worst; }  // NaN stays
+// NaN stays, whatever comes after it.
+constexpr double larger(double worst, double error) { return worst != worst || error <= worst ? worst : error; }
+static_assert(larger(1, 2) == 2 && larger(2, 1) == 2);
+static_assert(larger(NAN, 0) != larger(NAN, 0) && larger(1, NAN) != larger(1, NAN));
 
 // The largest difference of c (m x n) from a (m x k) b^T (n x k), or from a b where `b_rows_are_k`.
 template <class T>
