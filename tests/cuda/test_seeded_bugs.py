@@ -119,7 +119,7 @@ EXPECTED = {
         rf"{DEADLOCK}(.|\n)*threads 128: mbarrier wait\(parity 0\).*arrivals 1 of 2",
         ALWAYS,
     ),
-    ("cluster", "remote_read_race"): (rf"{UNWRITTEN}|{RACE}", SOMETIMES),
+    ("cluster", "remote_read_race"): (rf"{UNWRITTEN}|{RACE}", ALWAYS),
     ("cluster", "half_of_the_bytes"): (rf"{NOT_LANDED}|{RELEASED}|{DEADLOCK}", ALWAYS),
     ("attention", "no_first_turn"): (rf"{DEADLOCK}(.|\n)*named barrier 1 \(128 of 256 threads arrived\)", ALWAYS),
     ("attention", "turn_not_given"): (rf"{DEADLOCK}(.|\n)*named barrier 2 \(128 of 256 threads arrived\)", ALWAYS),
