@@ -16,7 +16,7 @@ import torch
 from common import cli
 from minigpt.batches import held_out_windows
 from minigpt.checkpoint import TOKENIZER, load_checkpoint, load_run
-from minigpt.data import TokenData, load_data
+from minigpt.data import load_data
 from minigpt.evaluate import predictions
 
 ROWS = 32  # windows at a time
@@ -61,13 +61,10 @@ def by_document(folder: Path) -> DocumentBits:
     for group, _, nats_BT, counted_BT in predictions(of_run, data.held_out, windows, **given):
         for (start, length, _), nats_T, counted_T in zip(group, nats_BT.numpy(), counted_BT.numpy(), strict=True):
             nats[start + 1 : start + 1 + length][counted_T] = nats_T[counted_T]
-    return DocumentBits(*_sums(data, nats), data.digest.partition("+")[0])
-
-
-def _sums(data: TokenData, nats: np.ndarray) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
     document = (data.held_out == data.tokenizer.separator).cumsum() - 1
     sizes = np.bincount(document, weights=data.byte_lengths[data.held_out]).astype(np.int64)
-    return data.held_out_names, sizes, np.bincount(document, weights=nats) / math.log(2)
+    bits = np.bincount(document, weights=nats) / math.log(2)
+    return DocumentBits(data.held_out_names, sizes, bits, data.digest.partition("+")[0])
 
 
 def table(runs: dict[str, DocumentBits], rows: int) -> str:

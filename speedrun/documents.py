@@ -68,11 +68,11 @@ class DocumentRows:
         if row < 0 or rows < 1:
             raise ValueError(f"{rows} rows from row {row}: expected at least 1, from 0 on")
         check_length(self.stream, context)
-        shape = (rows, context)
+        shape, window = (rows, context), window or context
         inputs, targets, positions, documents = np.empty((4, *shape), dtype=np.int64)
         pieces = 0
         for places, shard, rows_b in self._places(seed, row, rows, context):
-            starts_P, lengths_P = parted(*pieces_of(self.packing(shard, context), rows_b), window or context)
+            starts_P, lengths_P = parted(*pieces_of(self.packing(shard, context), rows_b), window)
             begins_P = lengths_P.cumsum() - lengths_P
             positions_N = np.arange(places.size * context) - begins_P.repeat(lengths_P)
             offsets_N = positions_N + starts_P.repeat(lengths_P)
@@ -82,8 +82,10 @@ class DocumentRows:
             for array, values_N in zip((inputs, targets, positions, documents), found, strict=True):
                 array[places] = values_N.reshape(-1, context)
             pieces += starts_P.size
-        found = [array.reshape(-1, window or context) for array in (inputs, targets, positions, documents)]
-        return *found, starts(found[2], parts)
+        inputs, targets, positions, documents = (
+            array.reshape(-1, window) for array in (inputs, targets, positions, documents)
+        )
+        return inputs, targets, positions, documents, starts(positions, parts)
 
     def packing(self, shard: int, context: int) -> Packing:
         """Of a shard into rows of `context` tokens. Raises ValueError when it has no separator."""
