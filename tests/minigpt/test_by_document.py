@@ -73,8 +73,8 @@ def test_each_document_is_the_sum_of_its_predictions(runs):
 
 def test_a_table_of_one_and_of_two(runs, monkeypatch, capsys):
     names, sizes = ("a.py", "long/b.py", "c.py"), np.array([10, 100, 90])
-    first = by_document.DocumentBits(names, sizes, np.array([40.0, 100.0, 60.0]), "digest")
-    second = by_document.DocumentBits(names, sizes, np.array([20.0, 104.0, 59.0]), "digest")
+    first = by_document.DocumentBits(names, sizes, np.array([40.0, 100.0, 60.0]))
+    second = by_document.DocumentBits(names, sizes, np.array([20.0, 104.0, 59.0]))
     one = by_document.table({"x": first}, 2).splitlines()
     assert one[1].split() == ["long/b.py", "100", "1.0000", "+0.5000"]
     assert one[2].split() == ["c.py", "90", "0.6667", "+0.3000"]
@@ -97,7 +97,9 @@ def test_bad_input(runs, monkeypatch, capsys, tmp_path):
         assert stopped.value.code == 2
         return capsys.readouterr().err
 
-    assert "expected runs of the same text" in refused(runs / "bytes", runs / "elsewhere")
+    with monkeypatch.context() as patched:
+        patched.setattr(by_document, "load_data", None)  # before any work
+        assert "expected runs of the same text" in refused(runs / "bytes", runs / "elsewhere")
     assert "expected one run, or two different ones" in refused(runs / "bytes", runs / "bytes")
     assert "rows 0: expected at least 1" in refused(runs / "bytes", "--rows", 0)
     assert "expected a run folder" in refused(tmp_path)
